@@ -1,0 +1,105 @@
+// One parameter struct an operation: what a launcher on either side (csrc/cpu, csrc/cuda) takes.
+// Pointers are to the device of the launcher; strides count elements. Nothing here owns memory.
+#pragma once
+
+#include <cstdint>
+
+namespace fastdllm {
+
+enum class Dtype : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+// Rotates q and k (half-split RoPE over the first rotary_dim of head_dim) and stores k and v into pages.
+//   q' = [a cos - b sin, b cos + a sin],  a = q[: rotary_dim / 2],  b = q[rotary_dim / 2 : rotary_dim]
+// Arithmetic in float32, rounded once. A slot is page * page_size + offset; a negative slot stores nothing.
+struct RopeWriteKvParams {
+  const void* q;            // [tokens, q_heads, head_dim], heads contiguous, q_stride between tokens
+  const void* k;            // [tokens, kv_heads, head_dim], likewise
+  const void* v;            // [tokens, kv_heads, head_dim], likewise
+  const float* cos;         // [positions, rotary_dim / 2]
+  const float* sin;         // [positions, rotary_dim / 2]
+  const int64_t* positions; // [tokens]
+  const int64_t* slots;     // [tokens]
+  void* q_out;              // [tokens, q_heads, head_dim] contiguous
+  void* k_pages;            // [pages, kv_heads, page_size, head_dim] contiguous
+  void* v_pages;            // [pages, kv_heads, page_size, head_dim] contiguous
+  int64_t tokens, q_heads, kv_heads, head_dim, rotary_dim, page_size;
+  int64_t q_stride, k_stride, v_stride;
+  Dtype dtype;
+};
+
+// out = softmax(scale q K^T) V for every query of every sequence, over all kv_lens[b] positions of the
+// sequence's pages: bidirectional, no mask. Query head h reads KV head h / (q_heads / kv_heads).
+// A sequence with kv_lens[b] == 0 gets zeros. Slots past kv_lens[b] may hold anything, NaN included.
+struct PagedAttentionParams {
+  const void* q;               // [tokens, q_heads, head_dim] contiguous
+  const void* k_pages;         // [pages, kv_heads, page_size, head_dim] contiguous
+  const void* v_pages;         // [pages, kv_heads, page_size, head_dim] contiguous
+  const int32_t* block_table;  // [sequences, max_blocks]: page of each page_size positions
+  const int32_t* kv_lens;      // [sequences]
+  const int32_t* cu_seqlens_q; // [sequences + 1]: queries of b are [cu[b], cu[b + 1])
+  void* out;                   // [tokens, q_heads, head_dim] contiguous
+  int64_t tokens, sequences, max_blocks, max_seqlen_q;
+  int64_t q_heads, kv_heads, head_dim, page_size;
+  float scale;
+  Dtype dtype;
+};
+
+// Copies page src[i] over page dst[i] in every one of `outer` pools that lie outer_stride_bytes apart.
+struct CopyPagesParams {
+  void* pages;
+  const int64_t* src; // [pairs]
+  const int64_t* dst; // [pairs], distinct, none of them a source
+  int64_t pairs, outer, outer_stride_bytes, page_bytes;
+};
+
+enum class Rule : int64_t { kQuota, kThreshold, kFactor };
+enum class Score : int64_t { kProbability, kRandom };
+
+// The decoding state of one sequence: one row of the int64 tensor `rows` of unmask, in this order.
+struct RowState {
+  int64_t rule;        // Rule
+  int64_t score;       // Score: what a position is ranked by
+  int64_t seed;        // Philox key
+  int64_t stream;      // Philox counter word: the sequence's own stream
+  int64_t first;       // first generated position
+  int64_t end;         // one past the last generated position
+  int64_t step;        // forwards taken so far, +1 by unmask
+  int64_t block_step;  // forwards taken in this block, +1 by unmask
+  int64_t block_masks; // masks in the block before its first step (quota)
+  int64_t block_steps; // steps that the block may take (quota)
+  int64_t masks_left;  // masks in the block now, lowered by unmask
+  int64_t eos_at;      // out: position of the EOS that finishes the row, else -1
+  int64_t bad_logits;  // out: rows of logits with NaN, +inf or no finite candidate; then nothing is committed
+};
+inline constexpr int64_t kRowFields = sizeof(RowState) / sizeof(int64_t);
+
+// One row of the float32 tensor `knobs` of unmask.
+struct RowKnobs {
+  float value;       // threshold or factor
+  float temperature; // 0: greedy
+};
+inline constexpr int64_t kRowKnobs = sizeof(RowKnobs) / sizeof(float);
+
+// Confidence, candidate, selection, commit, masks left and EOS for every sequence that has rows of logits.
+// Row r of the logits belongs to position positions[r] of its sequence; a sequence without rows is left
+// alone.
+//   candidate  x = argmax over v != mask_id of l_v (T = 0) or l_v / T + g_v (T > 0); ties: the lowest id
+//   confidence c = exp(l_x - max l) / sum_v exp(l_v - max l), over the whole vocabulary
+//   commit     the positions that the rule selects by (c descending, position ascending); at least one
+struct UnmaskParams {
+  const void* logits;       // [logit_rows, vocab], logits_stride between rows
+  const int32_t* cu_rows;   // [sequences + 1]: logits rows of sequence b are [cu[b], cu[b + 1])
+  const int64_t* positions; // [logit_rows], ascending within a sequence
+  int64_t* tokens;          // [sequences, width]
+  int32_t* step_map;        // [sequences, width]: `step` before the call, at committed positions
+  float* confidence;        // [sequences, width]: c, at committed positions
+  RowState* rows;           // [sequences]
+  const RowKnobs* knobs;    // [sequences]
+  const int64_t* eos_ids;   // [eos_count], may be empty
+  int32_t* candidate;       // scratch [logit_rows]
+  float* score;             // scratch [logit_rows]: c, NaN where the logits are bad
+  int64_t logit_rows, sequences, vocab, width, logits_stride, eos_count, mask_id;
+  Dtype dtype; // of the logits
+};
+
+} // namespace fastdllm

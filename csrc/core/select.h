@@ -1,0 +1,42 @@
+// Which masked positions a step commits (Fast-dLLM, Algorithm 1 and Theorem 1).
+//
+// Positions are ranked from 0 by (score descending, position ascending). With c the score at a rank:
+//   quota      rank < q,  q = masks / steps of the block, one more in its first masks % steps steps; q >= 1
+//   threshold  c >= value
+//   factor     (n + 1)(1 - c) <= value,  n = rank + 1
+// and rank 0 always. The factor rule takes the longest prefix whose last member satisfies the inequality.
+// Both of its factors grow with the rank, in float32 arithmetic too, so the members of that prefix are just
+// those that satisfy it themselves: every rule is a test of one position, given its rank.
+#pragma once
+
+#include <cstdint>
+
+#include "core/params.h"
+#include "core/philox.h"
+
+namespace fastdllm {
+
+// Whether a position of score `a` at index i of its sequence's rows goes before one of score `b` at j.
+FASTDLLM_HD bool goes_before(float a, int64_t i, float b, int64_t j) { return a > b || (a == b && i < j); }
+
+FASTDLLM_HD int64_t quota(const RowState& row) {
+  const int64_t steps = row.block_steps > 1 ? row.block_steps : 1;
+  const int64_t q = row.block_masks / steps + (row.block_step < row.block_masks % steps);
+  return q > 1 ? q : 1;
+}
+
+FASTDLLM_HD bool is_selected(const RowState& row, float value, int64_t rank, float score) {
+  if (rank == 0)
+    return true;
+  switch (static_cast<Rule>(row.rule)) {
+  case Rule::kQuota:
+    return rank < quota(row);
+  case Rule::kThreshold:
+    return score >= value;
+  case Rule::kFactor:
+    return static_cast<float>(rank + 2) * (1.0f - score) <= value;
+  }
+  return false;
+}
+
+} // namespace fastdllm

@@ -1,0 +1,64 @@
+// commit: the second half of unmask. For every sequence with rows of logits, ranks its scores, commits the
+// candidates that the rule selects (core/select.h) and advances the sequence's state.
+//
+//   score, candidate  [logit_rows]         from score_logits
+//   tokens, step_map, confidence  [sequences, width], changed at the committed positions
+//   rows              [sequences]          step, block_step, masks_left, eos_at, bad_logits
+//
+// A work item is a sequence. Rows of logits are few (the masks of a block): sorting them costs nothing beside
+// the pass over the logits. A NaN score means bad logits; such a sequence only gets their number.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "core/select.h"
+#include "cpu/kernels.h"
+
+namespace fastdllm::cpu {
+namespace {
+
+// The first generated position that holds an end-of-sequence id, where no mask comes before it; else -1.
+int64_t find_eos(const UnmaskParams& p, const RowState& row, const int64_t* tokens) {
+  for (int64_t i = row.first; i < row.end; ++i) {
+    if (tokens[i] == p.mask_id)
+      return -1;
+    if (std::find(p.eos_ids, p.eos_ids + p.eos_count, tokens[i]) != p.eos_ids + p.eos_count)
+      return i;
+  }
+  return -1;
+}
+
+} // namespace
+
+void commit(const UnmaskParams& p, int64_t begin, int64_t end) {
+  std::vector<int64_t> order;
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t first = p.cu_rows[b], count = p.cu_rows[b + 1] - first;
+    if (count <= 0)
+      continue;
+    RowState& row = p.rows[b];
+    const float* score = p.score + first;
+    row.bad_logits = std::count_if(score, score + count, [](float c) { return std::isnan(c); });
+    if (row.bad_logits > 0)
+      continue;
+
+    order.resize(count);
+    std::iota(order.begin(), order.end(), int64_t{0});
+    std::sort(order.begin(), order.end(),
+              [score](int64_t i, int64_t j) { return goes_before(score[i], i, score[j], j); });
+    int64_t committed = 0;
+    while (committed < count && is_selected(row, p.knobs[b].value, committed, score[order[committed]])) {
+      const int64_t i = order[committed++], at = b * p.width + p.positions[first + i];
+      p.tokens[at] = p.candidate[first + i];
+      p.step_map[at] = static_cast<int32_t>(row.step);
+      p.confidence[at] = score[i];
+    }
+    row.masks_left -= committed;
+    ++row.step;
+    ++row.block_step;
+    row.eos_at = find_eos(p, row, p.tokens + b * p.width);
+  }
+}
+
+} // namespace fastdllm::cpu

@@ -1,0 +1,395 @@
+// out[i, h] = sum_j softmax_j(scale q[i, h] . k[j, h / G]) v[j, h / G],  G = q_heads / kv_heads
+//
+// q, out [tokens, q_heads, head_dim]; k_pages, v_pages [pages, kv_heads, page_size, head_dim]; key j of a
+// sequence is row j % page_size of page block_table[j / page_size].
+//
+// Bytes: K and V once for each KV head and query tile, q and out once. A tile is up to kAttentionTileRows
+// rows of (query, head of the group), so that a block step reads every key once, whatever the group.
+//
+// Work: an item is (sequence, KV head, tile). It runs over blocks of kBlockKeys keys with the online softmax
+//   S = scale log2(e) K Q^T,  m' = max(m, max_j S_j),  P_j = 2^(S_j - m'),  a = 2^(m - m'),
+//   l' = a l + sum_j P_j,  O' = a O + V^T P,  out = O / l
+// in float32. Queries lie in the lanes: S [key][row], O [dim][row], so that the softmax is vertical and K and
+// V are read as they lie, one element broadcast to all lanes. A strip of two vectors of rows is worked on at
+// a time. Key blocks start at multiples of kBlockKeys: the bits of a row do not depend on the other sequences
+// or on the split of the list.
+//
+// Element formats: float32 reads K and V from the pages; bfloat16 is widened to float32 a block at a time,
+// or, where there is vdpbf16ps, is multiplied in pairs: K as it lies (pairs of dims), V with two keys
+// interleaved.
+//
+// Assumes: head_dim a multiple of 8 up to 256; page_size 16, 32 or 64; block_table entries valid for the
+// first ceil(kv_len / page_size) pages. Slots past kv_len are read as keys (the scores are dropped) and never
+// as values, so what they hold does not matter.
+#include "cpu/paged_attention.h"
+#if defined(__AMX_BF16__)
+#include "cpu/paged_attention_amx.h"
+#endif
+
+namespace fastdllm::cpu::FASTDLLM_ISA {
+namespace {
+
+constexpr int kBlockKeys = 64;
+constexpr int kMaxPages = kBlockKeys / 16; // of a block
+constexpr int kStripRows = 2 * kLanes;
+constexpr int kStrips = kAttentionTileRows / kStripRows;
+static_assert(kAttentionTileRows % kStripRows == 0);
+
+// Accumulators of the inner product: kUnits keys or dims x 2 vectors of rows. AVX-512 has 32 registers.
+constexpr int kUnits = kLanes == 16 ? 8 : 4;
+
+// An inner product goes over words of 32 bits, each kDepth elements.
+struct Float32 {
+  using Element = float;
+  static constexpr int kDepth = 1, kExpDegree = 5;
+  static constexpr bool kCopyK = false, kCopyV = false;
+  static F32 dot(F32 sum, U32 a, U32 b) { return fma((F32)a, (F32)b, sum); }
+};
+
+struct WideBFloat16 {
+  using Element = BFloat16;
+  static constexpr int kDepth = 1, kExpDegree = 3;
+  static constexpr bool kCopyK = true, kCopyV = true;
+  static F32 dot(F32 sum, U32 a, U32 b) { return fma((F32)a, (F32)b, sum); }
+};
+
+#if defined(__AVX512BF16__)
+struct PairedBFloat16 {
+  using Element = BFloat16;
+  static constexpr int kDepth = 2, kExpDegree = 3;
+  static constexpr bool kCopyK = false, kCopyV = true;
+  static F32 dot(F32 sum, U32 a, U32 b) {
+    return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// Hides where x comes from: the compiler then keeps an accumulator in its register and a pointer as a pointer.
+template <class T> inline void pin(T& x) {
+  if constexpr (sizeof(T) > sizeof(void*)) {
+#if defined(__AVX2__)
+    asm("" : "+v"(x));
+#endif
+  } else {
+    asm("" : "+r"(x));
+  }
+}
+
+// sum[u][n] += sum over k < steps of a[u * unit + k * step] b[k][n], b contiguous. One line of `ahead` is asked
+// for in every two steps: the loads of the next block spread evenly over the arithmetic of this one.
+template <class Format, int kN, int kAheadStride>
+inline void multiply(F32 (&sum)[kUnits][kN], const Word* a, int64_t unit, int64_t step, const Word* b, int64_t steps,
+                     const char* ahead) {
+  const Word* c = a + kUnits / 2 * unit; // of the upper half of the units
+  pin(c);
+  const auto one = [&](int64_t k, const Word* b_k) __attribute__((always_inline)) {
+    U32 rows[kN];
+#pragma GCC unroll 2
+    for (int n = 0; n < kN; ++n)
+      rows[n] = load_words(b_k + n * kLanes);
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnits; ++u) {
+      const Word* from = (u < kUnits / 2 ? a : c) + k * step;
+      const U32 x = broadcast(from[u % (kUnits / 2) * unit]);
+#pragma GCC unroll 2
+      for (int n = 0; n < kN; ++n) {
+        sum[u][n] = Format::dot(sum[u][n], x, rows[n]);
+        pin(sum[u][n]);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + 2 <= steps; k += 2) {
+    if constexpr (kAheadStride > 0) {
+      prefetch(ahead);
+      ahead += kAheadStride;
+    }
+    one(0, b);
+    one(1, b + kN * kLanes);
+    a += 2 * step;
+    c += 2 * step;
+    b += 2 * kN * kLanes;
+  }
+  if (k < steps)
+    one(0, b);
+}
+
+// The pages of up to kBlockKeys keys of one KV head.
+template <class Element> struct Block {
+  const Element* k[kMaxPages];
+  const Element* v[kMaxPages];
+};
+
+// What an item needs beside its arguments; lives in the thread's scratch memory.
+struct Scratch {
+  Word* q;        // [strip][word of head_dim][row]
+  float* o;       // [strip][dim][row]
+  Word* s;        // [key][row]: scores as float32, then probabilities as words
+  Word* k;        // [key][dim], where the format copies K
+  Word* v;        // [key / kDepth][dim], where the format copies V
+  float* row;     // [dim]
+  float* maximum; // [strip][row]
+  float* total;   // [strip][row]
+};
+
+inline Scratch carve(int64_t head_dim) {
+  constexpr int64_t kRows = kAttentionTileRows;
+  const int64_t words = 2 * kRows * head_dim + kBlockKeys * kStripRows + 2 * kBlockKeys * head_dim +
+                        head_dim + 2 * kRows + 8 * 16;
+  Word* p = static_cast<Word*>(scratch(words * sizeof(Word)));
+  const auto take = [&](int64_t n) {
+    Word* r = p;
+    p += round_up(n, 16); // whole cache lines
+    return r;
+  };
+  Scratch r;
+  r.q = take(kRows * head_dim);
+  r.o = (float*)take(kRows * head_dim);
+  r.s = take(kBlockKeys * kStripRows);
+  r.k = take(kBlockKeys * head_dim);
+  r.v = take(kBlockKeys * head_dim);
+  r.row = (float*)take(head_dim);
+  r.maximum = (float*)take(kRows);
+  r.total = (float*)take(kRows);
+  return r;
+}
+
+// n elements as float32 words.
+inline void widen(const float* from, Word* to, int64_t n) { __builtin_memcpy(to, from, n * sizeof(float)); }
+inline void widen(const BFloat16* from, Word* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) // n is a multiple of 8, kLanes may be 16
+    for (int64_t j = 0; j < 8; ++j)
+      to[i + j] = (Word)from[i + j].bits << 16;
+}
+
+// Two rows of n elements interleaved.
+inline void interleave(const BFloat16* even, const BFloat16* odd, Word* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8)
+    for (int64_t j = 0; j < 8; ++j)
+      to[i + j] = (Word)even[i + j].bits | (Word)odd[i + j].bits << 16;
+}
+
+// Probabilities of kDepth keys as one word.
+template <class Format> inline U32 to_word(F32 even, F32 odd) {
+  if constexpr (Format::kDepth == 1)
+    return (U32)even;
+  else
+    return round_to_bf16(even) | round_to_bf16(odd) << 16;
+}
+
+// One strip against one block of n keys: S, softmax, O.
+template <class Format, int kN, bool kAhead>
+inline void attend_strip(const Block<typename Format::Element>& block,
+                         const Block<typename Format::Element>& next, const Scratch& w, int strip, int64_t n,
+                         int64_t head_dim, int64_t page_size, float factor) {
+  using Element = typename Format::Element;
+  constexpr int kDepth = Format::kDepth;
+  constexpr int64_t kRows = kN * kLanes;
+  constexpr int kAheadStride = kAhead ? 2 * kUnits * kDepth * (int)sizeof(Element) : 0;
+  const int64_t words = head_dim / kDepth;
+  const Word* q = w.q + strip * kStripRows * words;
+  float* o = w.o + strip * kStripRows * head_dim;
+  Word* s = w.s;
+
+  for (int64_t j = 0; j < n; j += kUnits) {
+    const int64_t page = j / page_size, slot = j % page_size;
+    const Word* k;
+    if constexpr (Format::kCopyK)
+      k = w.k + j * words;
+    else
+      k = (const Word*)(block.k[page] + slot * head_dim);
+    F32 sum[kUnits][kN] = {};
+    multiply<Format, kN, kAheadStride>(sum, k, words, 1, q, words,
+                                       (const char*)(next.k[page] + slot * head_dim));
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnits; ++u)
+#pragma GCC unroll 2
+      for (int v = 0; v < kN; ++v)
+        store_words(s + (j + u) * kRows + v * kLanes, (U32)(sum[u][v] * broadcast(factor)));
+  }
+
+  F32 rescale[kN];
+  for (int v = 0; v < kN; ++v) {
+    float* maximum = w.maximum + strip * kStripRows + v * kLanes;
+    float* total = w.total + strip * kStripRows + v * kLanes;
+    Word* column = s + v * kLanes;
+    const F32 before = load(maximum);
+    F32 m = before;
+    for (int64_t j = 0; j < n; ++j)
+      m = max((F32)load_words(column + j * kRows), m);
+    store(maximum, m);
+    m = select(m == broadcast(kMinusInfinity), F32{}, m); // all scores -inf so far: 2^(-inf - 0) = 0
+    rescale[v] = exp2<5>(before - m); // 1 exactly where the maximum stays
+    F32 sum = load(total) * rescale[v];
+    const auto probability = [&](int64_t j) {
+      return exp2<Format::kExpDegree>((F32)load_words(column + j * kRows) - m);
+    };
+    if constexpr (kDepth == 1) {
+      for (int64_t j = 0; j < n; ++j) {
+        const F32 x = probability(j);
+        sum += x;
+        store_words(column + j * kRows, (U32)x);
+      }
+    } else { // word j / 2 replaces a row that has been read
+      for (int64_t j = 0; j < n; j += 2) {
+        const F32 x = probability(j);
+        const F32 y = j + 1 < n ? probability(j + 1) : F32{};
+        sum += x + y;
+        store_words(column + j / 2 * kRows, to_word<Format>(x, y));
+      }
+    }
+    store(total, sum);
+  }
+
+  for (int64_t d = 0; d < head_dim; d += kUnits) {
+    F32 sum[kUnits][kN];
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnits; ++u)
+#pragma GCC unroll 2
+      for (int v = 0; v < kN; ++v)
+        sum[u][v] = load(o + (d + u) * kRows + v * kLanes) * rescale[v];
+    for (int64_t page = 0, j = 0; j < n; ++page, j += page_size) {
+      const Word* v;
+      if constexpr (Format::kCopyV)
+        v = w.v + j / kDepth * head_dim;
+      else
+        v = (const Word*)block.v[page];
+      const int64_t steps = (min(n - j, page_size) + kDepth - 1) / kDepth;
+      multiply<Format, kN, kAheadStride>(sum, v + d, 1, head_dim, s + j / kDepth * kRows, steps,
+                                         (const char*)(next.v[page] + d * page_size));
+    }
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnits; ++u)
+#pragma GCC unroll 2
+      for (int v = 0; v < kN; ++v)
+        store(o + (d + u) * kRows + v * kLanes, sum[u][v]);
+  }
+}
+
+template <class Format> void attend(const PagedAttentionParams& p, const Item& t) {
+  using Element = typename Format::Element;
+  constexpr int kDepth = Format::kDepth;
+  const int64_t head_dim = p.head_dim, page_size = p.page_size, rows = t.rows, keys = t.keys;
+  const Scratch w = carve(head_dim);
+  const int64_t words = head_dim / kDepth;
+  const int strips = (int)((rows + kStripRows - 1) / kStripRows);
+  const auto vectors = [&](int strip) { return rows - strip * kStripRows > kLanes ? 2 : 1; };
+  for (int strip = 0; strip < strips; ++strip) {
+    const int64_t width = vectors(strip) * kLanes;
+    Word* q = w.q + strip * kStripRows * words;
+    for (int64_t r = 0; r < width; ++r) {
+      const int64_t row = strip * kStripRows + r;
+      Word* line = (Word*)w.row;
+      if (row >= rows)
+        __builtin_memset(line, 0, words * sizeof(Word));
+      else if constexpr (kDepth == 1)
+        widen(static_cast<const Element*>(p.q) + row_offset(p, t, row), line, head_dim);
+      else
+        __builtin_memcpy(line, static_cast<const Element*>(p.q) + row_offset(p, t, row),
+                         head_dim * sizeof(Element));
+      for (int64_t d = 0; d < words; ++d)
+        q[d * width + r] = line[d];
+    }
+    __builtin_memset(w.o + strip * kStripRows * head_dim, 0, width * head_dim * sizeof(float));
+    for (int64_t r = 0; r < width; ++r) {
+      w.maximum[strip * kStripRows + r] = kMinusInfinity;
+      w.total[strip * kStripRows + r] = 0;
+    }
+  }
+
+  const auto block_at = [&](int64_t key, int64_t head) {
+    Block<Element> block;
+    for (int64_t i = 0; i < kMaxPages; ++i) { // past the last page: a page again, to prefetch from
+      const int64_t at = key_offset(p, t, head, key + i * page_size < keys ? key + i * page_size : key);
+      block.k[i] = static_cast<const Element*>(p.k_pages) + at;
+      block.v[i] = static_cast<const Element*>(p.v_pages) + at;
+    }
+    return block;
+  };
+
+  const float factor = p.scale * kLog2e; // scores in units of log2
+  Block<Element> block = block_at(0, t.kv_head);
+  for (int64_t key = 0; key < keys; key += kBlockKeys) {
+    const int64_t n = min(kBlockKeys, keys - key);
+    const bool last = key + kBlockKeys >= keys;
+    // After the last block comes, as a rule, the next head.
+    const Block<Element> next =
+        last ? block_at(0, min(t.kv_head + 1, p.kv_heads - 1)) : block_at(key + kBlockKeys, t.kv_head);
+    for (int64_t j = 0; j < n; j += page_size) {
+      const int64_t page = j / page_size, valid = min(n - j, page_size);
+      if constexpr (Format::kCopyK)
+        widen(block.k[page], w.k + j * head_dim, round_up(valid, kUnits) * head_dim);
+      if constexpr (Format::kCopyV && kDepth == 1)
+        widen(block.v[page], w.v + j * head_dim, valid * head_dim);
+      if constexpr (Format::kCopyV && kDepth == 2)
+        for (int64_t i = 0; i < valid; i += 2) {
+          const BFloat16* even = block.v[page] + i * head_dim;
+          Word* to = w.v + (j + i) / 2 * head_dim;
+          if (i + 1 < valid)
+            interleave(even, even + head_dim, to, head_dim);
+          else
+            for (int64_t d = 0; d < head_dim; ++d)
+              to[d] = even[d].bits;
+        }
+    }
+    for (int strip = 0; strip < strips; ++strip) {
+      if (vectors(strip) == 1 && strip == 0)
+        attend_strip<Format, 1, true>(block, next, w, strip, n, head_dim, page_size, factor);
+      else if (vectors(strip) == 1)
+        attend_strip<Format, 1, false>(block, next, w, strip, n, head_dim, page_size, factor);
+      else if (strip == 0)
+        attend_strip<Format, 2, true>(block, next, w, strip, n, head_dim, page_size, factor);
+      else
+        attend_strip<Format, 2, false>(block, next, w, strip, n, head_dim, page_size, factor);
+    }
+    block = next;
+  }
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const int strip = (int)(r / kStripRows);
+    const int64_t width = vectors(strip) * kLanes, lane = r % kStripRows;
+    const float* o = w.o + strip * kStripRows * head_dim + lane;
+    const float inverse = 1.0f / w.total[r];
+    for (int64_t d = 0; d < head_dim; ++d)
+      w.row[d] = o[d * width] * inverse;
+    Element* to = static_cast<Element*>(p.out) + row_offset(p, t, r);
+    int64_t d = 0;
+    for (; d + kLanes <= head_dim; d += kLanes)
+      store(to + d, load(w.row + d));
+    if (d < head_dim)
+      store_first(to + d, head_dim - d, load_first(w.row + d, head_dim - d));
+  }
+}
+
+void attend_any(const PagedAttentionParams& p, const Item& t) {
+  if (p.dtype == Dtype::kFloat32)
+    return attend<Float32>(p, t);
+#if defined(__AMX_BF16__)
+  if (p.head_dim % 32 == 0)
+    return amx::attend(p, t);
+  attend<WideBFloat16>(p, t); // CPUs that have tiles run vdpbf16ps at half the rate of a float32 fma
+#elif defined(__AVX512BF16__)
+  attend<PairedBFloat16>(p, t);
+#else
+  attend<WideBFloat16>(p, t);
+#endif
+}
+
+} // namespace
+
+void paged_attention(const PagedAttentionParams& p, int64_t begin, int64_t end) {
+#if defined(__AMX_BF16__)
+  const amx::Tiles tiles;
+#endif
+  const int64_t element = p.dtype == Dtype::kFloat32 ? sizeof(float) : sizeof(BFloat16);
+  for (int64_t i = begin; i < end; ++i) {
+    const Item t = item_at(p, i);
+    if (t.rows > 0 && t.keys > 0)
+      attend_any(p, t);
+    else
+      for (int64_t r = 0; r < t.rows; ++r)
+        __builtin_memset(static_cast<char*>(p.out) + row_offset(p, t, r) * element, 0, p.head_dim * element);
+  }
+}
+
+} // namespace fastdllm::cpu::FASTDLLM_ISA

@@ -1,0 +1,213 @@
+// Vectors of float32 for the instruction set that a file is compiled for (FASTDLLM_ISA names it).
+//
+// F32 and I32 are GCC vector types: + - * / & | ^ << >> and comparisons work lane by lane, a comparison gives
+// an I32 of 0 or -1, and x[i] is a lane. The functions below are what the language has no operator for.
+//
+// Everything sits in an unnamed namespace, and nothing from the C++ library's templates may be used beside it
+// in a file that is compiled several times: the linker keeps one copy of an inline function, and a copy that
+// was compiled for AVX-512 must not reach a CPU without it.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#ifndef FASTDLLM_ISA
+#error "FASTDLLM_ISA must name the instruction set, e.g. -DFASTDLLM_ISA=portable"
+#endif
+
+namespace fastdllm::cpu::FASTDLLM_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr __mmask16 kAllLanes = 0xffff; // g++ 12 warns about the unmasked forms of some intrinsics
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float F32 __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t I32 __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef uint32_t U32 __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef uint16_t U16 __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+// The upper half of a float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// ---------------------------------------------------------------------------------------------- lane by lane
+
+inline F32 broadcast(float x) { return x - F32{}; }
+inline I32 broadcast(int32_t x) { return x - I32{}; }
+inline U32 broadcast(uint32_t x) { return x - U32{}; }
+
+// Lane i holds i.
+inline I32 iota() {
+  I32 r;
+  for (int i = 0; i < kLanes; ++i)
+    r[i] = i;
+  return r;
+}
+
+inline I32 bits(F32 x) { return (I32)x; }
+inline F32 from_bits(I32 x) { return (F32)x; }
+
+inline F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
+inline I32 select(I32 mask, I32 yes, I32 no) { return mask ? yes : no; }
+
+// a > b ? a : b, thus b where either is NaN: max(x, m) skips a NaN x.
+inline F32 max(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// a * b + c, rounded once where the instruction set has it.
+inline F32 fma(F32 a, F32 b, F32 c) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------- memory
+
+inline F32 load(const float* p) {
+  F32 r;
+  __builtin_memcpy(&r, p, sizeof r);
+  return r;
+}
+
+inline void store(float* p, F32 x) { __builtin_memcpy(p, &x, sizeof x); }
+
+inline F32 load(const BFloat16* p) {
+  U16 r;
+  __builtin_memcpy(&r, p, sizeof r);
+  return (F32)(__builtin_convertvector(r, U32) << 16);
+}
+
+// To nearest, ties to even; a NaN stays one.
+inline U32 round_to_bf16(F32 x) {
+  const U32 u = (U32)x;
+  const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return (U32)select(x == x, (I32)rounded, (I32)((u >> 16) | 0x40u));
+}
+
+inline void store(BFloat16* p, F32 x) {
+  const U16 r = __builtin_convertvector(round_to_bf16(x), U16);
+  __builtin_memcpy(p, &r, sizeof r);
+}
+
+// The first n lanes of memory (n <= kLanes), the others `rest`.
+template <class T> inline F32 load_first(const T* p, int64_t n, float rest = 0) {
+  T head[kLanes] = {};
+  __builtin_memcpy(head, p, n * sizeof(T));
+  return select(iota() < broadcast((int32_t)n), load(head), broadcast(rest));
+}
+
+template <class T> inline void store_first(T* p, int64_t n, F32 x) {
+  T head[kLanes];
+  store(head, x);
+  __builtin_memcpy(p, head, n * sizeof(T));
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) {
+  const uint32_t u = (uint32_t)x.bits << 16;
+  float r;
+  __builtin_memcpy(&r, &u, sizeof r);
+  return r;
+}
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// ---------------------------------------------------------------------------------------------- over lanes
+
+inline float reduce_add(F32 x) {
+  float r[kLanes];
+  store(r, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i)
+      r[i] += r[i + width];
+  return r[0];
+}
+
+// The largest lane; NaN lanes are skipped unless all lanes are NaN.
+inline float reduce_max(F32 x) {
+  float r[kLanes];
+  store(r, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i)
+      r[i] = r[i] > r[i + width] || r[i + width] != r[i + width] ? r[i] : r[i + width];
+  return r[0];
+}
+
+// ---------------------------------------------------------------------------------------------- functions
+
+inline F32 round(F32 x) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_maskz_roundscale_ps(kAllLanes, (__m512)x, 0);
+#elif defined(__AVX2__)
+  return (F32)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const F32 shifter = broadcast(12582912.0f); // 1.5 * 2^23: the sum has no fraction bits; |x| < 2^22
+  return (x + shifter) - shifter;
+#endif
+}
+
+// 2^(n + f) for integers n >= -127 and f in [-1/2, 1/2]; zero where x < -126, and x where x is NaN. The
+// polynomial is minimax in the relative error among those with p(0) = 1.
+template <int kDegree> inline F32 exp2_parts(F32 n, F32 f, F32 x) {
+  static_assert(kDegree == 3 || kDegree == 5);
+  F32 p;
+  if constexpr (kDegree == 5) {
+    p = fma(f, broadcast(0x1.5bba14p-10f), broadcast(0x1.3cea88p-7f));
+    p = fma(f, p, broadcast(0x1.c6b752p-5f));
+    p = fma(f, p, broadcast(0x1.ebf9bcp-3f));
+    p = fma(f, p, broadcast(0x1.62e42ap-1f));
+  } else {
+    p = fma(f, broadcast(0x1.c2a218p-5f), broadcast(0x1.f00c4ep-3f));
+    p = fma(f, p, broadcast(0x1.62f5fap-1f));
+  }
+  p = fma(f, p, broadcast(1.0f));
+#if defined(__AVX512F__)
+  const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ); // true for NaN
+  return (F32)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)n);
+#else
+  const U32 exponent = (U32)(n + broadcast(12582912.0f)) << 23;
+  const F32 scaled = (F32)((U32)p + exponent);
+  return select(x >= broadcast(-126.0f), scaled, select(x == x, F32{}, x));
+#endif
+}
+
+// 2^x for x <= 127 to a relative error of 1.7e-7 (kDegree 5) or 1e-4 (kDegree 3). Results below 2^-126 are
+// zero, so that 2^-inf = 0 and no denormal slows what follows; a NaN stays one.
+template <int kDegree> inline F32 exp2(F32 x) {
+  const F32 c = max(broadcast(-127.0f), x); // the order keeps a NaN
+  const F32 n = round(c);
+  return exp2_parts<kDegree>(n, c - n, x);
+}
+
+// e^x for x <= 88, to a relative error of 2e-7; zero below -87.3, NaN for NaN.
+inline F32 exp(F32 x) {
+  const F32 c = max(broadcast(-88.0f), x);
+  const F32 n = round(c * broadcast(0x1.715476p+0f));
+  // n * 0.693359375 is exact: that constant has 9 bits.
+  const F32 r = fma(n, broadcast(0x1.bd0106p-13f), c - n * broadcast(0x1.63p-1f));
+  return exp2_parts<5>(n, r * broadcast(0x1.715476p+0f), x * broadcast(0x1.715476p+0f));
+}
+
+} // namespace
+} // namespace fastdllm::cpu::FASTDLLM_ISA

@@ -1,0 +1,18 @@
+// The CUDA launchers. `stream` is a cudaStream_t of the current device. Each returns nullptr, or the text
+// of the CUDA error. Without CUDA in the build they return a text that says so (no_cuda.cpp).
+#pragma once
+
+#include "core/params.h"
+
+namespace fastdllm::cuda {
+
+bool built();
+const char* architectures();
+int runtime_version(); // of the toolkit, as CUDART_VERSION; 0 without CUDA
+
+const char* rope_write_kv(const RopeWriteKvParams& p, void* stream);
+const char* paged_attention(const PagedAttentionParams& p, void* stream);
+const char* unmask(const UnmaskParams& p, void* stream);
+const char* copy_pages(const CopyPagesParams& p, void* stream);
+
+} // namespace fastdllm::cuda

@@ -1,0 +1,21 @@
+// Stands in for the CUDA kernels in a build without them.
+#include "cuda/kernels.h"
+
+namespace fastdllm::cuda {
+namespace {
+
+constexpr const char* kNoCuda = "this build of fastdllm_ext has no CUDA kernels; install it where nvcc is "
+                                "found (or with FASTDLLM_CUDA=ON)";
+
+} // namespace
+
+bool built() { return false; }
+const char* architectures() { return ""; }
+int runtime_version() { return 0; }
+
+const char* rope_write_kv(const RopeWriteKvParams&, void*) { return kNoCuda; }
+const char* paged_attention(const PagedAttentionParams&, void*) { return kNoCuda; }
+const char* unmask(const UnmaskParams&, void*) { return kNoCuda; }
+const char* copy_pages(const CopyPagesParams&, void*) { return kNoCuda; }
+
+} // namespace fastdllm::cuda

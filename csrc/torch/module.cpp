@@ -1,0 +1,62 @@
+// Python bindings of what is not a tensor operation: the page pool, and facts about the build.
+// Importing this module also registers the operations (ops.cpp).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "core/page_pool.h"
+#include "core/params.h"
+#include "cpu/kernels.h"
+#include "cuda/kernels.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  using fastdllm::PagePool;
+
+  py::register_exception<fastdllm::OutOfPages>(m, "OutOfPages", PyExc_ValueError);
+
+  py::class_<PagePool>(m, "PagePool", "Reference-counted pages of a fixed pool.")
+      .def(py::init<int64_t>(), py::arg("num_pages"))
+      .def("allocate", &PagePool::allocate, py::arg("count"),
+           "Pages with one owner each. OutOfPages (a ValueError), and no change, where fewer are free.")
+      .def("fork", &PagePool::fork, py::arg("pages"), "One more owner for each page.")
+      .def("free", &PagePool::free, py::arg("pages"),
+           "One owner less for each page. ValueError, and no change, where one has none left.")
+      .def("make_private", &PagePool::make_private, py::arg("page"),
+           "A page that only the caller owns: the page itself, or a fresh one to copy it into.")
+      .def("refcount", &PagePool::refcount, py::arg("page"))
+      .def_property_readonly("num_pages", &PagePool::num_pages)
+      .def_property_readonly("num_free", &PagePool::num_free)
+      .def_property_readonly("num_used", &PagePool::num_used)
+      .def_property_readonly("num_shared", &PagePool::num_shared)
+      .def_property_readonly("peak_used", &PagePool::peak_used);
+
+  // Column of each RowState field in the `rows` tensor of unmask.
+  m.attr("ROW_FIELDS") = std::vector<std::string>{
+      "rule",       "score",       "seed",        "stream",     "first",  "end",       "step",
+      "block_step", "block_masks", "block_steps", "masks_left", "eos_at", "bad_logits"};
+
+  m.def(
+      "cpu_isas",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < fastdllm::cpu::isa_count(); ++i)
+          names.emplace_back(fastdllm::cpu::isa_name(i));
+        return names;
+      },
+      "Instruction sets that were compiled in and that this CPU has, the best one last.");
+  m.def("cpu_isa", [] { return fastdllm::cpu::kernels().isa; }, "The instruction set in use.");
+  m.def(
+      "set_cpu_isa",
+      [](const std::string& name) {
+        if (!fastdllm::cpu::set_isa(name.c_str()))
+          throw py::value_error("set_cpu_isa: '" + name + "' is not available on this CPU");
+      },
+      py::arg("name"), "Use another instruction set from cpu_isas().");
+
+  m.attr("built_for_torch") = FASTDLLM_TORCH_VERSION;
+  m.attr("build_type") = FASTDLLM_BUILD_TYPE;
+  m.attr("cuda_built") = fastdllm::cuda::built();
+  m.attr("cuda_architectures") = fastdllm::cuda::architectures();
+  m.attr("cuda_runtime_version") = fastdllm::cuda::runtime_version();
+}

@@ -1,0 +1,399 @@
+// The torch operations: schemas, argument checks, dispatch. What each computes stands in core/params.h.
+// Only the LibTorch stable ABI is used, so that one build serves many torch versions.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <dlfcn.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+
+#include "core/params.h"
+#include "cpu/kernels.h"
+#include "cuda/kernels.h"
+
+namespace {
+
+using fastdllm::Dtype;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ---------------------------------------------------------------------------------------------------------
+// Argument checks
+// ---------------------------------------------------------------------------------------------------------
+
+template <class... Parts> void check(bool condition, const Parts&... parts) {
+  if (condition)
+    return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+std::string shape_text(const Tensor& t) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < t.dim(); ++i)
+    text << (i ? ", " : "") << t.size(i);
+  text << ']';
+  return text.str();
+}
+
+constexpr int64_t kAny = -1;
+
+// One operation's view of its arguments: every check names the operation and the argument.
+struct Checker {
+  const char* op;
+  const Tensor& on; // the tensor whose device all others must share
+
+  void shape(const Tensor& t, const char* name, std::initializer_list<int64_t> expected) const {
+    bool same = t.dim() == static_cast<int64_t>(expected.size());
+    int64_t i = 0;
+    for (int64_t size : expected) {
+      same = same && (size == kAny || t.size(i) == size);
+      ++i;
+    }
+    if (same)
+      return;
+    std::ostringstream text;
+    for (int64_t size : expected)
+      text << (text.tellp() ? ", " : "") << (size == kAny ? "*" : std::to_string(size));
+    check(false, op, ": ", name, " has shape ", shape_text(t), "; takes [", text.str(), "]");
+  }
+  void tensor(const Tensor& t, const char* name, ScalarType dtype, const char* dtype_name,
+              std::initializer_list<int64_t> expected) const {
+    shape(t, name, expected);
+    check(t.scalar_type() == dtype, op, ": ", name, " has another dtype; takes ", dtype_name);
+    check(t.is_contiguous(), op, ": ", name, " is not contiguous");
+    device(t, name);
+  }
+  void int64(const Tensor& t, const char* name, std::initializer_list<int64_t> expected) const {
+    tensor(t, name, ScalarType::Long, "int64", expected);
+  }
+  void int32(const Tensor& t, const char* name, std::initializer_list<int64_t> expected) const {
+    tensor(t, name, ScalarType::Int, "int32", expected);
+  }
+  void float32(const Tensor& t, const char* name, std::initializer_list<int64_t> expected) const {
+    tensor(t, name, ScalarType::Float, "float32", expected);
+  }
+  void device(const Tensor& t, const char* name) const {
+    check(t.is_cuda() == on.is_cuda() && t.get_device_index() == on.get_device_index(), op, ": ", name,
+          " is on another device than the first argument");
+  }
+  void same_dtype(const Tensor& t, const char* name) const {
+    check(t.scalar_type() == on.scalar_type(), op, ": ", name, " has another dtype than the first argument");
+  }
+  // [tokens, heads, head_dim] whose heads lie side by side; returns the stride between tokens.
+  int64_t token_stride(const Tensor& t, const char* name) const {
+    check(t.size(2) <= 1 || t.stride(2) == 1, op, ": ", name, " has strided elements");
+    check(t.size(1) <= 1 || t.stride(1) == t.size(2), op, ": ", name, " has strided heads");
+    device(t, name);
+    same_dtype(t, name);
+    return t.stride(0);
+  }
+  // [pages, kv_heads, page_size, head_dim]
+  void pages(const Tensor& t, const char* name, int64_t kv_heads, int64_t head_dim) const {
+    shape(t, name, {kAny, kv_heads, kAny, head_dim});
+    check(t.is_contiguous(), op, ": ", name, " is not contiguous");
+    device(t, name);
+    same_dtype(t, name);
+    const int64_t size = t.size(2);
+    check(size == 16 || size == 32 || size == 64, op, ": page_size ", size, "; takes 16, 32 or 64");
+  }
+  void head_dim(int64_t head_dim) const {
+    check(head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0, op, ": head_dim ", head_dim,
+          "; takes a multiple of 8 from 8 to 256");
+  }
+  Dtype dtype(const Tensor& t, const char* name) const {
+    switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      check(t.is_cuda(), op, ": ", name,
+            " is float16, which the CPU kernels do not take; use float32 or bfloat16");
+      return Dtype::kFloat16;
+    default:
+      break;
+    }
+    check(false, op, ": ", name, " has an unsupported dtype; takes float32, bfloat16 (and float16 on CUDA)");
+    return Dtype::kFloat32;
+  }
+};
+
+// On the CPU an index can be checked before it is used. On CUDA that would synchronise; there the
+// caller's own bookkeeping must hold.
+void check_range(const char* op, const char* name, const int64_t* values, int64_t count, int64_t low,
+                 int64_t high) {
+  for (int64_t i = 0; i < count; ++i)
+    check(values[i] >= low && values[i] < high, op, ": ", name, "[", i, "] is ", values[i], "; takes ",
+          low == INT64_MIN ? "anything up" : std::to_string(low), " to ", high - 1);
+}
+
+void check_offsets(const char* op, const char* name, const int32_t* offsets, int64_t count, int64_t total) {
+  check(offsets[0] == 0 && offsets[count] == total, op, ": ", name, " runs from ", offsets[0], " to ",
+        offsets[count], "; takes 0 to ", total);
+  for (int64_t i = 0; i < count; ++i)
+    check(offsets[i] <= offsets[i + 1], op, ": ", name, " falls at ", i);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Dispatch
+// ---------------------------------------------------------------------------------------------------------
+
+// The stable Stream::nativeHandle() exists from torch 2.13 only. The older C function lives in libtorch_cuda,
+// which a CPU-only torch has not: take it from the copy that a CUDA torch has already loaded.
+void* current_cuda_stream(int32_t device) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const Function function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
+                   : nullptr;
+  }();
+  check(function != nullptr, "fastdllm_ext: the loaded torch has no CUDA support");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return stream;
+}
+
+template <class Params>
+void launch_cuda(const char* op, const char* (*launcher)(const Params&, void*), const Params& params,
+                 const Tensor& on) {
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  const char* error = launcher(params, current_cuda_stream(on.get_device_index()));
+  check(error == nullptr, op, ": ", error ? error : "", " (first argument ", shape_text(on), ")");
+}
+
+template <class Params>
+void run_cpu(void (*kernel)(const Params&, int64_t, int64_t), const Params& params, int64_t items,
+             int64_t grain) {
+  torch::stable::parallel_for(0, items, grain,
+                              [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+}
+
+template <class T> const T* data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+template <class T> T* mutable_data(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+
+// ---------------------------------------------------------------------------------------------------------
+// Operations
+// ---------------------------------------------------------------------------------------------------------
+
+Tensor rope_write_kv(const Tensor q, const Tensor k, const Tensor v, const Tensor cos, const Tensor sin,
+                     const Tensor positions, const Tensor slots, Tensor k_pages, Tensor v_pages) {
+  const char* op = "rope_write_kv";
+  const Checker is{op, q};
+  const Dtype dtype = is.dtype(q, "q");
+  is.shape(q, "q", {kAny, kAny, kAny});
+  const int64_t tokens = q.size(0), head_dim = q.size(2);
+  is.head_dim(head_dim);
+  is.shape(k, "k", {tokens, kAny, head_dim});
+  is.shape(v, "v", {tokens, k.size(1), head_dim});
+  is.float32(cos, "cos", {kAny, kAny});
+  check(cos.size(1) >= 1 && 2 * cos.size(1) <= head_dim, op, ": cos has ", cos.size(1),
+        " columns; takes at most head_dim / 2 = ", head_dim / 2);
+  is.float32(sin, "sin", {cos.size(0), cos.size(1)});
+  is.int64(positions, "positions", {tokens});
+  is.int64(slots, "slots", {tokens});
+  is.pages(k_pages, "k_pages", k.size(1), head_dim);
+  is.pages(v_pages, "v_pages", k.size(1), head_dim);
+  is.shape(v_pages, "v_pages", {k_pages.size(0), k.size(1), k_pages.size(2), head_dim});
+
+  const int64_t q_stride = is.token_stride(q, "q"), k_stride = is.token_stride(k, "k"),
+                v_stride = is.token_stride(v, "v");
+  Tensor out = torch::stable::new_empty(q, {tokens, q.size(1), head_dim});
+  const fastdllm::RopeWriteKvParams params{.q = q.const_data_ptr(),
+                                           .k = k.const_data_ptr(),
+                                           .v = v.const_data_ptr(),
+                                           .cos = data<float>(cos),
+                                           .sin = data<float>(sin),
+                                           .positions = data<int64_t>(positions),
+                                           .slots = data<int64_t>(slots),
+                                           .q_out = out.mutable_data_ptr(),
+                                           .k_pages = k_pages.mutable_data_ptr(),
+                                           .v_pages = v_pages.mutable_data_ptr(),
+                                           .tokens = tokens,
+                                           .q_heads = q.size(1),
+                                           .kv_heads = k.size(1),
+                                           .head_dim = head_dim,
+                                           .rotary_dim = 2 * cos.size(1),
+                                           .page_size = k_pages.size(2),
+                                           .q_stride = q_stride,
+                                           .k_stride = k_stride,
+                                           .v_stride = v_stride,
+                                           .dtype = dtype};
+  if (q.is_cuda()) {
+    launch_cuda(op, fastdllm::cuda::rope_write_kv, params, q);
+  } else {
+    check_range(op, "positions", params.positions, tokens, 0, cos.size(0));
+    check_range(op, "slots", params.slots, tokens, INT64_MIN, k_pages.size(0) * k_pages.size(2));
+    run_cpu(fastdllm::cpu::kernels().rope_write_kv, params, fastdllm::cpu::rope_write_kv_items(params), 16);
+  }
+  return out;
+}
+
+Tensor paged_attention(const Tensor q, const Tensor k_pages, const Tensor v_pages, const Tensor block_table,
+                       const Tensor kv_lens, const Tensor cu_seqlens_q, int64_t max_seqlen_q, double scale) {
+  const char* op = "paged_attention";
+  const Checker is{op, q};
+  const Dtype dtype = is.dtype(q, "q");
+  is.shape(q, "q", {kAny, kAny, kAny});
+  check(q.is_contiguous(), op, ": q is not contiguous");
+  const int64_t q_heads = q.size(1), head_dim = q.size(2);
+  is.head_dim(head_dim);
+  is.pages(k_pages, "k_pages", kAny, head_dim);
+  const int64_t kv_heads = k_pages.size(1), page_size = k_pages.size(2);
+  is.pages(v_pages, "v_pages", kv_heads, head_dim);
+  is.shape(v_pages, "v_pages", {k_pages.size(0), kv_heads, page_size, head_dim});
+  check(kv_heads > 0 && q_heads % kv_heads == 0, op, ": q has ", q_heads, " heads; takes a multiple of the ",
+        kv_heads, " heads of k_pages");
+  is.int32(block_table, "block_table", {kAny, kAny});
+  const int64_t sequences = block_table.size(0);
+  is.int32(kv_lens, "kv_lens", {sequences});
+  is.int32(cu_seqlens_q, "cu_seqlens_q", {sequences + 1});
+
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q_heads, head_dim});
+  const fastdllm::PagedAttentionParams params{.q = q.const_data_ptr(),
+                                              .k_pages = k_pages.const_data_ptr(),
+                                              .v_pages = v_pages.const_data_ptr(),
+                                              .block_table = data<int32_t>(block_table),
+                                              .kv_lens = data<int32_t>(kv_lens),
+                                              .cu_seqlens_q = data<int32_t>(cu_seqlens_q),
+                                              .out = out.mutable_data_ptr(),
+                                              .tokens = q.size(0),
+                                              .sequences = sequences,
+                                              .max_blocks = block_table.size(1),
+                                              .max_seqlen_q = max_seqlen_q,
+                                              .q_heads = q_heads,
+                                              .kv_heads = kv_heads,
+                                              .head_dim = head_dim,
+                                              .page_size = page_size,
+                                              .scale = static_cast<float>(scale),
+                                              .dtype = dtype};
+  if (q.is_cuda()) {
+    launch_cuda(op, fastdllm::cuda::paged_attention, params, q);
+    return out;
+  }
+  check_offsets(op, "cu_seqlens_q", params.cu_seqlens_q, sequences, q.size(0));
+  for (int64_t b = 0; b < sequences; ++b) {
+    const int64_t queries = params.cu_seqlens_q[b + 1] - params.cu_seqlens_q[b];
+    check(queries <= max_seqlen_q, op, ": max_seqlen_q ", max_seqlen_q, ", but sequence ", b, " has ",
+          queries, " queries");
+    const int64_t kv_len = params.kv_lens[b];
+    check(kv_len >= 0 && kv_len <= params.max_blocks * page_size, op, ": kv_lens[", b, "] is ", kv_len,
+          "; takes 0 to ", params.max_blocks * page_size, ", what block_table has room for");
+    for (int64_t i = 0; i * page_size < kv_len; ++i) {
+      const int64_t page = params.block_table[b * params.max_blocks + i];
+      check(page >= 0 && page < k_pages.size(0), op, ": block_table[", b, ", ", i, "] is ", page,
+            "; takes 0 to ", k_pages.size(0) - 1);
+    }
+  }
+  run_cpu(fastdllm::cpu::kernels().paged_attention, params, fastdllm::cpu::paged_attention_items(params), 1);
+  return out;
+}
+
+void unmask(const Tensor logits, const Tensor cu_rows, const Tensor positions, Tensor tokens, Tensor step_map,
+            Tensor confidence, Tensor rows, Tensor knobs, const Tensor eos_ids, int64_t mask_id) {
+  const char* op = "unmask";
+  const Checker is{op, logits};
+  const Dtype dtype = is.dtype(logits, "logits");
+  is.shape(logits, "logits", {kAny, kAny});
+  const int64_t logit_rows = logits.size(0), vocab = logits.size(1);
+  check(vocab >= 2, op, ": logits has ", vocab, " columns; takes 2 or more");
+  check(logits.stride(1) == 1, op, ": logits has strided columns");
+  check(mask_id >= 0, op, ": mask_id ", mask_id, "; takes 0 or more");
+  is.int64(tokens, "tokens", {kAny, kAny});
+  const int64_t sequences = tokens.size(0), width = tokens.size(1);
+  is.int32(cu_rows, "cu_rows", {sequences + 1});
+  is.int64(positions, "positions", {logit_rows});
+  is.int32(step_map, "step_map", {sequences, width});
+  is.float32(confidence, "confidence", {sequences, width});
+  is.int64(rows, "rows", {sequences, fastdllm::kRowFields});
+  is.float32(knobs, "knobs", {sequences, fastdllm::kRowKnobs});
+  is.int64(eos_ids, "eos_ids", {kAny});
+
+  Tensor candidate = torch::stable::new_empty(logits, {logit_rows}, ScalarType::Int);
+  Tensor score = torch::stable::new_empty(logits, {logit_rows}, ScalarType::Float);
+  const fastdllm::UnmaskParams params{.logits = logits.const_data_ptr(),
+                                      .cu_rows = data<int32_t>(cu_rows),
+                                      .positions = data<int64_t>(positions),
+                                      .tokens = mutable_data<int64_t>(tokens),
+                                      .step_map = mutable_data<int32_t>(step_map),
+                                      .confidence = mutable_data<float>(confidence),
+                                      .rows = mutable_data<fastdllm::RowState>(rows),
+                                      .knobs = data<fastdllm::RowKnobs>(knobs),
+                                      .eos_ids = data<int64_t>(eos_ids),
+                                      .candidate = mutable_data<int32_t>(candidate),
+                                      .score = mutable_data<float>(score),
+                                      .logit_rows = logit_rows,
+                                      .sequences = sequences,
+                                      .vocab = vocab,
+                                      .width = width,
+                                      .logits_stride = logits.stride(0),
+                                      .eos_count = eos_ids.size(0),
+                                      .mask_id = mask_id,
+                                      .dtype = dtype};
+  if (logits.is_cuda())
+    return launch_cuda(op, fastdllm::cuda::unmask, params, logits);
+  check_offsets(op, "cu_rows", params.cu_rows, sequences, logit_rows);
+  check_range(op, "positions", params.positions, logit_rows, 0, width);
+  for (int64_t b = 0; b < sequences; ++b) {
+    const fastdllm::RowState& row = params.rows[b];
+    check(row.first >= 0 && row.first <= row.end && row.end <= width, op, ": rows[", b, "] has first ",
+          row.first, " and end ", row.end, "; takes 0 <= first <= end <= ", width);
+  }
+  run_cpu(fastdllm::cpu::kernels().score_logits, params, fastdllm::cpu::score_logits_items(params), 1);
+  run_cpu(fastdllm::cpu::commit, params, sequences, 8);
+}
+
+void copy_pages(Tensor pages, const Tensor src, const Tensor dst) {
+  const char* op = "copy_pages";
+  const Checker is{op, pages};
+  check(pages.dim() >= 2, op, ": pages has shape ", shape_text(pages), "; takes [outer, pages, ...]");
+  check(pages.is_contiguous(), op, ": pages is not contiguous");
+  is.int64(src, "src", {kAny});
+  is.int64(dst, "dst", {src.size(0)});
+  const int64_t outer = pages.size(0), num_pages = pages.size(1), pairs = src.size(0);
+  const int64_t outer_bytes = outer ? pages.numel() / outer * pages.element_size() : 0;
+  const fastdllm::CopyPagesParams params{.pages = pages.mutable_data_ptr(),
+                                         .src = data<int64_t>(src),
+                                         .dst = data<int64_t>(dst),
+                                         .pairs = pairs,
+                                         .outer = outer,
+                                         .outer_stride_bytes = outer_bytes,
+                                         .page_bytes = num_pages ? outer_bytes / num_pages : 0};
+  if (pages.is_cuda())
+    return launch_cuda(op, fastdllm::cuda::copy_pages, params, pages);
+  check_range(op, "src", params.src, pairs, 0, num_pages);
+  check_range(op, "dst", params.dst, pairs, 0, num_pages);
+  for (int64_t i = 0; i < pairs; ++i)
+    for (int64_t j = 0; j < pairs; ++j)
+      check((i == j || params.dst[i] != params.dst[j]) && params.dst[i] != params.src[j], op, ": dst[", i,
+            "] = ", params.dst[i], " is written twice or also read");
+  run_cpu(fastdllm::cpu::copy_pages, params, pairs * outer, 1);
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY(fastdllm_ext, m) {
+  m.def("rope_write_kv(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, Tensor slots, "
+        "Tensor(a!) k_pages, Tensor(b!) v_pages) -> Tensor");
+  m.def("paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor kv_lens, "
+        "Tensor cu_seqlens_q, int max_seqlen_q, float scale) -> Tensor");
+  m.def("unmask(Tensor logits, Tensor cu_rows, Tensor positions, Tensor(a!) tokens, Tensor(b!) step_map, "
+        "Tensor(c!) confidence, Tensor(d!) rows, Tensor knobs, Tensor eos_ids, int mask_id) -> ()");
+  m.def("copy_pages(Tensor(a!) pages, Tensor src, Tensor dst) -> ()");
+}
+
+#define FASTDLLM_REGISTER(m)                                                                                 \
+  m.impl("rope_write_kv", TORCH_BOX(&rope_write_kv));                                                        \
+  m.impl("paged_attention", TORCH_BOX(&paged_attention));                                                    \
+  m.impl("unmask", TORCH_BOX(&unmask));                                                                      \
+  m.impl("copy_pages", TORCH_BOX(&copy_pages))
+
+STABLE_TORCH_LIBRARY_IMPL(fastdllm_ext, CPU, m) { FASTDLLM_REGISTER(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastdllm_ext, CUDA, m) { FASTDLLM_REGISTER(m); }

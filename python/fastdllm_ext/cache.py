@@ -1,0 +1,146 @@
+"""Paged storage of keys and values: a fixed pool of pages, and a block table for each sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdllm_ext import ops
+from fastdllm_ext._C import OutOfPages, PagePool
+
+__all__ = ["CacheStats", "OutOfPages", "PagePool", "PagedKVCache"]
+
+PAGE_SIZES = (16, 32, 64)
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Pages of a cache: all, free, used, used by more than one sequence, most ever used at once."""
+
+    num_pages: int
+    num_free: int
+    num_used: int
+    num_shared: int
+    peak_used: int
+
+
+class PagedKVCache:
+    """Keys (after RoPE) and values of many sequences, in pages.
+
+    Args:
+        num_layers, num_kv_heads, head_dim: of the model.
+        num_pages: pages in the pool; see :meth:`pages_for`.
+        page_size: positions a page holds: 16, 32 or 64.
+        dtype, device: of keys and values.
+
+    Attributes:
+        storage: [num_layers, 2, num_pages, num_kv_heads, page_size, head_dim]; keys at 0, values at 1.
+
+    A sequence is a number handed out by :meth:`add`; it holds its pages until :meth:`free`.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        num_pages: int,
+        page_size: int = 32,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size={page_size}; takes one of {PAGE_SIZES}")
+        self.page_size = page_size
+        self.pool = PagePool(num_pages)
+        shape = (num_layers, 2, num_pages, num_kv_heads, page_size, head_dim)
+        self.storage = torch.empty(shape, dtype=dtype, device=device)
+        self._pages: dict[int, list[int]] = {}
+        self._next = 0
+
+    @staticmethod
+    def pages_for(lengths: Sequence[int], page_size: int = 32) -> int:
+        """Pages that sequences of these lengths need together."""
+        return sum(-(-length // page_size) for length in lengths)
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """(num_layers, num_kv_heads, head_dim)."""
+        layers, _, _, heads, _, head_dim = self.storage.shape
+        return layers, heads, head_dim
+
+    @property
+    def stats(self) -> CacheStats:
+        """Pages in use now."""
+        pool = self.pool
+        return CacheStats(pool.num_pages, pool.num_free, pool.num_used, pool.num_shared, pool.peak_used)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Key pages and value pages of a layer, each [num_pages, num_kv_heads, page_size, head_dim]."""
+        return self.storage[index, 0], self.storage[index, 1]
+
+    def add(self, lengths: Sequence[int]) -> list[int]:
+        """One new sequence for each length, all or none.
+
+        Raises:
+            OutOfPages: (a ValueError) says how many pages were needed and how many are free.
+        """
+        if any(length < 1 for length in lengths):
+            raise ValueError(f"lengths={list(lengths)}; takes 1 or more each")
+        counts = [self.pages_for([length], self.page_size) for length in lengths]
+        pages = self.pool.allocate(sum(counts))
+        sequences = []
+        for count in counts:
+            sequences.append(self._next)
+            self._pages[self._next], pages = pages[:count], pages[count:]
+            self._next += 1
+        return sequences
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence with the same contents; pages are shared until one of the two is written."""
+        pages = self._owned(sequence)
+        self.pool.fork(pages)
+        self._pages[self._next] = list(pages)
+        self._next += 1
+        return self._next - 1
+
+    def free(self, sequence: int) -> None:
+        """Gives the sequence's pages back."""
+        self.pool.free(self._owned(sequence))
+        del self._pages[sequence]
+
+    def prepare_write(self, sequence: int, begin: int, end: int) -> None:
+        """Makes the pages of positions [begin, end) the sequence's own: copies those that are shared."""
+        pages = self._owned(sequence)
+        moved = []
+        for i in range(begin // self.page_size, -(-end // self.page_size)):
+            own = self.pool.make_private(pages[i])
+            if own != pages[i]:
+                moved.append((pages[i], own))
+                pages[i] = own
+        if moved:
+            source, destination = torch.tensor(moved, device=self.storage.device).T.contiguous()
+            ops.copy_pages(self.storage.flatten(0, 1), source, destination)
+
+    def block_table(self, sequences: Sequence[int]) -> Tensor:
+        """Pages of the sequences, [B, longest] int32 on the cache's device, short rows ending in 0."""
+        rows = [self._owned(sequence) for sequence in sequences]
+        longest = max(map(len, rows), default=0)
+        table = [row + [0] * (longest - len(row)) for row in rows]
+        return torch.tensor(table, dtype=torch.int32, device=self.storage.device).view(len(rows), longest)
+
+    def slots(self, sequence: int, begin: int, end: int) -> Tensor:
+        """Slots of positions [begin, end): ``page * page_size + offset``, int64 on the CPU."""
+        pages = torch.tensor(self._owned(sequence))
+        positions = torch.arange(begin, end)
+        return pages[positions // self.page_size] * self.page_size + positions % self.page_size
+
+    def _owned(self, sequence: int) -> list[int]:
+        try:
+            return self._pages[sequence]
+        except KeyError:
+            raise ValueError(f"sequence={sequence} is not in this cache (freed twice?)") from None

@@ -1,0 +1,185 @@
+"""Every operation in plain PyTorch, written for reading: the truth that the kernels are tested against.
+
+The signatures are those of :mod:`fastdllm_ext.ops`. Arithmetic is in the dtype ``compute``
+(float32 unless a test asks for float64), rounded once at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdllm_ext.ops import Row, Rule, Score
+
+# Philox counter word that stands for "no token": the random score of a position.
+NO_TOKEN = 0xFFFFFFFF
+
+
+def rope_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    *,
+    compute: torch.dtype = torch.float32,
+) -> Tensor:
+    """Rotates q and k at their positions and stores k and v into the pages. See ``ops.rope_write_kv``."""
+    half = cos.shape[1]
+    c, s = (x[positions][:, None, :].to(compute) for x in (cos, sin))
+
+    def rotate(x: Tensor) -> Tensor:
+        y = x.to(compute)
+        a, b, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
+        return torch.cat((a * c - b * s, b * c + a * s, rest), dim=-1).to(x.dtype)
+
+    kept = slots >= 0
+    page, offset = slots[kept] // k_pages.shape[2], slots[kept] % k_pages.shape[2]
+    k_pages[page, :, offset] = rotate(k)[kept]
+    v_pages[page, :, offset] = v[kept]
+    return rotate(q)
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    kv_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    scale: float,
+    *,
+    compute: torch.dtype = torch.float32,
+) -> Tensor:
+    """softmax(scale q Kᵀ) V of every query over its sequence's pages. See ``ops.paged_attention``."""
+    out = torch.zeros_like(q)
+    group = q.shape[1] // k_pages.shape[1]
+    for b in range(len(kv_lens)):
+        begin, end, length = int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]), int(kv_lens[b])
+        if begin == end or length == 0:
+            continue
+        pages = block_table[b, : -(-length // k_pages.shape[2])].long()
+
+        def row(x: Tensor, pages: Tensor = pages, length: int = length) -> Tensor:  # [heads, length, head_dim]
+            keys = x[pages].transpose(1, 2).flatten(0, 1)[:length].transpose(0, 1)
+            return keys.to(compute).repeat_interleave(group, dim=0)
+
+        scores = scale * q[begin:end].transpose(0, 1).to(compute) @ row(k_pages).transpose(1, 2)
+        out[begin:end] = (scores.softmax(dim=-1) @ row(v_pages)).transpose(0, 1).to(q.dtype)
+    return out
+
+
+def philox(key: int, c0: Tensor, c1: int, c2: int, c3: int) -> Tensor:
+    """Philox4x32-10. ``c0`` [n] int64 -> four words for each, [n, 4] int64 in [0, 2³²)."""
+    word = 0xFFFFFFFF
+
+    def multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:  # high and low word of the product
+        low = (x & 0xFFFF) * constant
+        high = (x >> 16) * constant + (low >> 16)
+        return high >> 16, (high << 16 | low & 0xFFFF) & word
+
+    k0, k1 = key & word, key >> 32 & word
+    c = [c0, *(torch.full_like(c0, x & word) for x in (c1, c2, c3))]
+    for _ in range(10):
+        high0, low0 = multiply(c[0], 0xD2511F53)
+        high1, low1 = multiply(c[2], 0xCD9E8D57)
+        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return torch.stack(c, dim=1)
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """Words of Philox -> float64 in (0, 1), with the float32 rounding of the kernels."""
+    return ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24).double()
+
+
+def gumbel_noise(seed: int, stream: int, step: int, position: int, vocab: int) -> Tensor:
+    """Standard Gumbel noise of every token at one position, [vocab] float64: -log(-log1p(-u))."""
+    words = philox(seed, torch.arange(-(-vocab // 4)), position, step, stream).flatten()[:vocab]
+    return -torch.log(-torch.log1p(-uniform(words)))
+
+
+def score_logits(
+    logits: Tensor, mask_id: int, temperature: float, row: list[int], position: int
+) -> tuple[int, float, bool]:
+    """Candidate, score and health of one position from its logits [vocab]."""
+    x = logits.double()
+    allowed = x.clone()
+    if mask_id < len(x):
+        allowed[mask_id] = -torch.inf
+    bad = bool(x.isnan().any() or (x == torch.inf).any() or not allowed.isfinite().any())
+    if bad:
+        return 0, float("nan"), True
+    noisy = allowed
+    if temperature > 0:
+        noise = gumbel_noise(row[Row.SEED], row[Row.STREAM], row[Row.STEP], position, len(x))
+        noisy = allowed / temperature + noise
+    candidate = int(noisy.argmax())
+    if row[Row.SCORE] == Score.RANDOM:
+        words = philox(row[Row.SEED], torch.tensor([NO_TOKEN]), position, row[Row.STEP], row[Row.STREAM])
+        return candidate, float(uniform(words[0, :1])), False
+    return candidate, float(x.softmax(0)[candidate].float()), False
+
+
+def selected(scores: list[float], row: list[int], value: float) -> list[int]:
+    """Indices that the row's rule commits, best first. ``scores`` in order of position."""
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    rule = row[Row.RULE]
+    if rule == Rule.QUOTA:
+        share, rest = divmod(row[Row.BLOCK_MASKS], row[Row.BLOCK_STEPS])
+        count = share + (row[Row.BLOCK_STEP] < rest)
+    elif rule == Rule.THRESHOLD:
+        count = sum(score >= value for score in scores)
+    else:  # the longest prefix n with (n + 1)(1 - c_(n)) <= value
+        inside = [(n + 1) * (1 - scores[i]) <= value for n, i in enumerate(order, start=1)]
+        count = inside.index(False) if False in inside else len(inside)
+    return order[: max(1, count)]
+
+
+def unmask(
+    logits: Tensor,
+    cu_rows: Tensor,
+    positions: Tensor,
+    tokens: Tensor,
+    step_map: Tensor,
+    confidence: Tensor,
+    rows: Tensor,
+    knobs: Tensor,
+    eos_ids: Tensor,
+    mask_id: int,
+) -> None:
+    """Scores, selects and commits, in place. See ``ops.unmask``."""
+    for b in range(tokens.shape[0]):
+        begin, end = int(cu_rows[b]), int(cu_rows[b + 1])
+        if begin == end:
+            continue
+        row, (value, temperature) = rows[b].tolist(), knobs[b].tolist()
+        where = positions[begin:end].tolist()
+        judged = [score_logits(logits[begin + i], mask_id, temperature, row, p) for i, p in enumerate(where)]
+        rows[b, Row.BAD_LOGITS] = sum(bad for _, _, bad in judged)
+        if rows[b, Row.BAD_LOGITS]:
+            continue
+        chosen = selected([score for _, score, _ in judged], row, value)
+        for i in chosen:
+            tokens[b, where[i]], confidence[b, where[i]] = judged[i][0], judged[i][1]
+            step_map[b, where[i]] = row[Row.STEP]
+        rows[b, Row.MASKS_LEFT] -= len(chosen)
+        rows[b, Row.STEP] += 1
+        rows[b, Row.BLOCK_STEP] += 1
+        rows[b, Row.EOS_AT] = -1
+        for p in range(row[Row.FIRST], row[Row.END]):
+            if tokens[b, p] == mask_id:
+                break
+            if tokens[b, p] in eos_ids:
+                rows[b, Row.EOS_AT] = p
+                break
+
+
+def copy_pages(pages: Tensor, src: Tensor, dst: Tensor) -> None:
+    """Copies page ``src[i]`` over page ``dst[i]`` in every pool. See ``ops.copy_pages``."""
+    pages[:, dst] = pages[:, src]

@@ -1,0 +1,21 @@
+"""Rotary angles, computed on demand and shared by models and patches."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is cached must also serve a later training step
+def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, each [length, head_dim / 2] float32.
+
+    Kept outside of any module: a non-persistent buffer would come back uninitialised from
+    ``from_pretrained`` on transformers 5.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), 1.0 / theta**exponent)
+    return angles.cos(), angles.sin()

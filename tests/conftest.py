@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastdllm_ext import _C
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() and _C.cuda_built:
+        return
+    skip = pytest.mark.skip(reason="no CUDA device, or built without CUDA")
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def clean_slate() -> Iterator[None]:
+    """Same random numbers each time, the best instruction set, and NaN in memory that nobody wrote."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    _C.set_cpu_isa(_C.cpu_isas()[-1])
+    yield
+    _C.set_cpu_isa(_C.cpu_isas()[-1])

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastdllm_ext as fd
+from fastdllm_ext.cache import PagePool
+
+
+def test_pool_allocates_lowest_first_and_counts() -> None:
+    pool = PagePool(8)
+    assert pool.allocate(3) == [0, 1, 2]
+    assert (pool.num_pages, pool.num_free, pool.num_used, pool.peak_used) == (8, 5, 3, 3)
+    pool.free([1])
+    assert pool.allocate(1) == [1]
+    pool.free([0, 1, 2])
+    assert (pool.num_free, pool.peak_used) == (8, 3)
+
+
+def test_exhaustion_says_how_many() -> None:
+    pool = PagePool(4)
+    pool.allocate(1)
+    with pytest.raises(fd.OutOfPages, match="needed 5 pages, 3 of 4 are free"):
+        pool.allocate(5)
+    assert issubclass(fd.OutOfPages, ValueError)
+    assert pool.num_free == 3
+
+
+def test_double_free_is_an_error_and_changes_nothing() -> None:
+    pool = PagePool(4)
+    a, b = pool.allocate(2)
+    pool.free([a])
+    with pytest.raises(ValueError, match=f"free of page {a}, which has 0 owners"):
+        pool.free([b, a])
+    with pytest.raises(ValueError, match="has 1 owners"):
+        pool.free([b, b])
+    assert pool.refcount(b) == 1
+    with pytest.raises(ValueError, match="page 9; the pool has pages 0 to 3"):
+        pool.free([9])
+    assert pool.num_free == 3
+
+
+def test_fork_and_copy_on_write() -> None:
+    pool = PagePool(3)
+    pages = pool.allocate(2)
+    pool.fork(pages)
+    assert pool.num_shared == 2
+    assert pool.make_private(pages[0]) == 2
+    assert pool.make_private(pages[0]) == pages[0], "now the only owner"
+    with pytest.raises(fd.OutOfPages):
+        pool.make_private(pages[1])
+    assert pool.refcount(pages[1]) == 2, "unchanged by the failure"
+    with pytest.raises(ValueError, match="fork of page"):
+        PagePool(2).fork([0])
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_pool_needs_pages(count: int) -> None:
+    with pytest.raises(ValueError, match=f"num_pages={count}"):
+        PagePool(count)
+
+
+def make_cache(num_pages: int = 6) -> fd.PagedKVCache:
+    cache = fd.PagedKVCache(2, 3, 8, num_pages=num_pages, page_size=16)
+    cache.storage.zero_()
+    return cache
+
+
+def test_block_tables_and_slots() -> None:
+    cache = make_cache()
+    a, b = cache.add([20, 16])
+    assert cache.block_table([a, b]).tolist() == [[0, 1], [2, 0]]
+    assert cache.block_table([]).shape == (0, 0)
+    assert cache.slots(a, 15, 18).tolist() == [15, 16, 17]
+    assert cache.slots(b, 0, 2).tolist() == [32, 33]
+    assert fd.PagedKVCache.pages_for([20, 16, 1], 16) == 4
+    assert cache.layer(1)[0].data_ptr() == cache.storage[1, 0].data_ptr()
+
+
+def test_add_is_all_or_nothing() -> None:
+    cache = make_cache()
+    with pytest.raises(fd.OutOfPages, match="needed 7 pages, 6 of 6 are free"):
+        cache.add([33, 64])
+    assert cache.stats.num_free == 6
+    with pytest.raises(ValueError, match="lengths="):
+        cache.add([4, 0])
+
+
+def test_a_forked_sequence_is_copied_when_written() -> None:
+    cache = make_cache()
+    (a,) = cache.add([40])
+    cache.storage[:, :, :3] = torch.rand(2, 2, 3, 3, 16, 8)
+    b = cache.fork(a)
+    assert cache.stats.num_shared == 3
+    cache.prepare_write(b, 17, 18)
+    table_a, table_b = cache.block_table([a, b]).tolist()
+    assert [x == y for x, y in zip(table_a, table_b, strict=True)] == [True, False, True]
+    assert torch.equal(cache.storage[:, :, table_a[1]], cache.storage[:, :, table_b[1]])
+    cache.prepare_write(b, 0, 40)
+    cache.free(a)
+    cache.free(b)
+    assert cache.stats.num_free == 6
+
+
+def test_a_freed_sequence_is_gone() -> None:
+    cache = make_cache()
+    (a,) = cache.add([1])
+    cache.free(a)
+    with pytest.raises(ValueError, match=f"sequence={a} is not in this cache"):
+        cache.free(a)
+
+
+def test_page_size_is_checked() -> None:
+    with pytest.raises(ValueError, match="page_size=24; takes one of"):
+        fd.PagedKVCache(1, 1, 8, num_pages=1, page_size=24)

@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from slow_reference import slow_generate
+from tiny import EOS, MASK, PAD, VOCAB, random_prompt, random_rule, tiny_llada
+
+import fastdllm_ext as fd
+
+CACHES = ("none", "prefix", "dual")
+
+
+def assert_row(output: fd.GenerationOutput, b: int, prompt: torch.Tensor, gen_length: int, truth: Any) -> None:
+    first = len(prompt)
+    assert output.sequences[b, :first].tolist() == prompt.tolist()
+    assert output.sequences[b, first : first + gen_length].tolist() == truth.tokens
+    assert int(output.lengths[b]) == first + truth.length
+    assert int(output.nfe[b]) == truth.nfe
+    assert output.step_map[b, :gen_length].tolist() == truth.step_map
+    torch.testing.assert_close(
+        output.confidence[b, :gen_length], torch.tensor(truth.confidence), rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("seed", range(240))
+def test_token_for_token_as_the_specification(seed: int) -> None:
+    """Random small configurations in float32 against the slow reference, in batches of 1 to 4 rows."""
+    rng = random.Random(seed)
+    heads = rng.choice([1, 2, 4])
+    model = tiny_llada(
+        seed,
+        d_model=heads * rng.choice([8, 16, 24]),
+        n_layers=rng.randint(1, 3),
+        n_heads=heads,
+        n_kv_heads=rng.choice([h for h in (1, 2, 4) if heads % h == 0]),
+        mlp_hidden_size=rng.choice([24, 48]),
+        weight_tying=rng.random() < 0.2,
+    )
+    rows = rng.choice([1, 1, 2, 4])
+    prompts = [random_prompt(rng) for _ in range(rows)]
+    gen_lengths = [rng.randint(1, 70) for _ in range(rows)]
+    block_length = rng.choice([1, 3, 8, 16, 32, 80])
+    rule = random_rule(rng, max(gen_lengths))
+    shared = {"block_length": block_length, "cache": CACHES[seed % 3], "stop_on_eos": rng.random() < 0.7, **rule}
+    output = fd.generate(model, prompts, gen_length=gen_lengths, **shared)
+    for b, (prompt, gen_length) in enumerate(zip(prompts, gen_lengths, strict=True)):
+        assert_row(output, b, prompt, gen_length, slow_generate(model, prompt, gen_length=gen_length, **shared))
+    assert not (output.sequences == MASK).any()
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_row_is_the_same_alone_and_in_every_batch(seed: int) -> None:
+    """With temperature and random remasking too: each row has its own seed."""
+    rng = random.Random(seed)
+    model = tiny_llada(seed)
+    prompts = [random_prompt(rng) for _ in range(4)]
+    lengths = [rng.randint(1, 60) for _ in range(4)]
+    seeds = [rng.randrange(2**40) for _ in range(4)]
+    settings = {
+        "block_length": rng.choice([8, 16]),
+        "cache": CACHES[seed % 3],
+        "temperature": rng.choice([0.0, 0.7, 1.5]),
+        "remasking": rng.choice(["low_confidence", "random"]),
+        **random_rule(rng, 60),
+    }
+    order = rng.sample(range(4), 4)
+    batches = [[b] for b in range(4)] + [order[:2], order]
+    found: dict[int, tuple] = {}
+    for batch in batches:
+        out = fd.generate(
+            model,
+            [prompts[b] for b in batch],
+            gen_length=[lengths[b] for b in batch],
+            seed=[seeds[b] for b in batch],
+            **settings,
+        )
+        for i, b in enumerate(batch):
+            row = (
+                out.sequences[i, : len(prompts[b]) + lengths[b]].tolist(),
+                out.step_map[i, : lengths[b]].tolist(),
+                int(out.nfe[i]),
+                int(out.lengths[i]),
+            )
+            assert found.setdefault(b, row) == row
+
+
+def test_same_seed_same_sample_other_seed_another() -> None:
+    model, prompt = tiny_llada(), torch.tensor([[5, 6, 7]])
+    settings: dict[str, Any] = {"gen_length": 40, "temperature": 1.0, "threshold": 0.2}
+    first = fd.generate(model, prompt, seed=1, **settings).sequences
+    assert torch.equal(first, fd.generate(model, prompt, seed=1, **settings).sequences)
+    assert not torch.equal(first, fd.generate(model, prompt, seed=2, **settings).sequences)
+    torch.manual_seed(9)
+    drawn = fd.generate(model, prompt, **settings).sequences
+    torch.manual_seed(9)
+    assert torch.equal(drawn, fd.generate(model, prompt, **settings).sequences)
+    twins = fd.generate(model, prompt.repeat(2, 1), seed=1, **settings).sequences
+    assert torch.equal(twins[0], first[0])
+    assert not torch.equal(twins[0], twins[1]), "rows of one seed sample from their own streams"
+
+
+def test_padding_is_left_out() -> None:
+    model = tiny_llada()
+    rows = [torch.tensor([5, 6, 7, 8, 9]), torch.tensor([11, 12])]
+    wanted = fd.generate(model, rows, gen_length=20)
+    left = torch.tensor([[5, 6, 7, 8, 9], [PAD, PAD, PAD, 11, 12]])
+    right = torch.tensor([[5, 6, 7, 8, 9], [11, 12, PAD, PAD, PAD]])
+    for ids, mask in ((left, left != PAD), (right, (right != PAD).long())):
+        output = fd.generate(model, ids, attention_mask=mask, gen_length=20)
+        assert torch.equal(output.sequences, wanted.sequences)
+        assert output.prompt_lengths.tolist() == [5, 2]
+
+
+def test_an_empty_prompt_is_a_prompt() -> None:
+    model, empty = tiny_llada(), torch.zeros(0, dtype=torch.int64)
+    settings: dict[str, Any] = {"gen_length": 20, "block_length": 8, "threshold": 0.2, "cache": "dual"}
+    assert_row(fd.generate(model, [empty], **settings), 0, empty, 20, slow_generate(model, empty, **settings))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_bfloat16(cache: str) -> None:
+    """Same mathematics in another rounding: it runs, fills every mask, and mostly agrees."""
+    rng = random.Random(5)
+    prompts = [random_prompt(rng, 10, 40) for _ in range(4)]
+    settings: dict[str, Any] = {"gen_length": 32, "block_length": 16, "steps": 16, "cache": cache, "stop_on_eos": False}
+    narrow = fd.generate(tiny_llada(1, dtype=torch.bfloat16), prompts, **settings)
+    wide = fd.generate(tiny_llada(1), prompts, **settings)
+    assert not (narrow.sequences == MASK).any()
+    first_steps = (wide.step_map >= 0) & (wide.step_map < 2)
+    same = [torch.equal(a, b) for a, b in zip(narrow.sequences, wide.sequences, strict=True)]
+    agree = narrow.step_map[first_steps] == wide.step_map[first_steps]
+    assert any(same) or agree.float().mean() > 0.5
+
+
+def test_the_rest_behind_eos_is_padding_and_costs_nothing() -> None:
+    """A row that stops has the tokens that decoding on would give, and takes fewer forwards."""
+    stopped = 0
+    for seed in range(12):
+        model = tiny_llada(seed)
+        with torch.no_grad():
+            model.model.transformer["ff_out"].weight[EOS] *= 2.5  # an EOS turns up early
+        settings: dict[str, Any] = {"gen_length": 60, "block_length": 10, "steps": 30}
+        prompt = torch.randint(2, MASK, (1, 9))
+        short, full = (fd.generate(model, prompt, stop_on_eos=stop, **settings) for stop in (True, False))
+        end = int(short.lengths[0])
+        assert end == int(full.lengths[0])
+        assert torch.equal(short.sequences[0, :end], full.sequences[0, :end])
+        assert (short.sequences[0, end:] == PAD).all()
+        assert (short.step_map[0, end - 9 :] == -1).all()
+        assert short.nfe <= full.nfe
+        stopped += int(short.nfe < full.nfe)
+    assert stopped >= 6
+
+
+def test_output_describes_the_run() -> None:
+    model = tiny_llada()
+    output = fd.generate(model, [torch.tensor([5, 6]), torch.tensor([7])], gen_length=[30, 12], steps=10)
+    assert output.step_map.shape == (2, 30)
+    assert (output.step_map[1, 12:] == -1).all()
+    assert output.sequences.shape == (2, 32)
+    assert [len(a) for a in output.answers()] == (output.lengths - output.prompt_lengths).tolist()
+    assert torch.equal(output.tokens_per_forward, (output.lengths - output.prompt_lengths) / output.nfe)
+    t = output.timings
+    assert 0 < t.refresh + t.block_steps + t.selection <= t.total
+    assert output.tokens_per_second > 0
+
+
+def test_model_generate_and_config_objects() -> None:
+    model, prompt = tiny_llada(), torch.tensor([[4, 5, 6]])
+    config = fd.GenerationConfig(gen_length=24, block_length=8, threshold=0.3)
+    a = fd.generate(model, prompt, config=config)
+    assert torch.equal(a.sequences, model.generate(prompt, gen_length=24, block_length=8, threshold=0.3).sequences)
+    b = fd.generate(model, prompt, config=config, steps=6)  # an argument's rule replaces the config's
+    assert torch.equal(b.sequences, fd.generate(model, prompt, gen_length=24, block_length=8, steps=6).sequences)
+    default = fd.generate(model, prompt)
+    assert torch.equal(default.sequences, fd.generate(model, prompt, threshold=0.9, gen_length=128).sequences)
+
+
+def test_own_cache_is_used_and_given_back() -> None:
+    model = tiny_llada()
+    cache = fd.PagedKVCache(2, 4, 8, num_pages=5, page_size=16)
+    output = fd.generate(model, torch.tensor([[4, 5, 6]]), gen_length=60, kv_cache=cache)
+    assert torch.equal(output.sequences, fd.generate(model, torch.tensor([[4, 5, 6]]), gen_length=60).sequences)
+    assert (cache.stats.num_free, cache.stats.peak_used) == (5, 4)
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.commits: list[fd.Commit] = []
+        self.ended = 0
+
+    def on_commit(self, commit: fd.Commit) -> None:
+        self.commits.append(commit)
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_denoising_streamer_sees_every_commit() -> None:
+    recorder = Recorder()
+    prompts = [torch.tensor([5, 6]), torch.tensor([7])]
+    output = fd.generate(tiny_llada(), prompts, gen_length=30, steps=10, streamer=recorder, stop_on_eos=False)
+    assert recorder.ended == 1
+    tokens = torch.full((2, 30), -1)
+    steps = torch.full((2, 30), -1, dtype=torch.int32)
+    for commit in recorder.commits:
+        assert commit.positions == sorted(commit.positions)
+        assert commit.positions
+        tokens[commit.row, commit.positions] = torch.tensor(commit.tokens)
+        steps[commit.row, commit.positions] = commit.step
+        assert output.confidence[commit.row, commit.positions].tolist() == commit.confidence
+    assert torch.equal(steps, output.step_map)
+    for b, answer in enumerate(output.sequences):
+        first = len(prompts[b])
+        assert torch.equal(tokens[b], answer[first : first + 30])
+
+
+class TextRecorder:
+    def __init__(self) -> None:
+        self.parts: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        assert value.dim() == 1
+        self.parts.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_text_streamer_gets_the_prompt_then_blocks() -> None:
+    recorder = TextRecorder()
+    output = fd.generate(tiny_llada(), torch.tensor([[5, 6]]), gen_length=30, block_length=10, streamer=recorder)
+    assert recorder.parts[0] == [5, 6]
+    assert sum(recorder.parts, []) == output.sequences[0, : int(output.lengths[0])].tolist()
+    assert recorder.ended == 1
+    assert 2 <= len(recorder.parts) <= 4
+
+
+# --- Bad input -------------------------------------------------------------------------------------
+
+ROW = torch.tensor([[4, 5, 6]])
+
+
+@pytest.mark.parametrize(
+    "error, message, arguments",
+    [
+        (ValueError, r"gen_length=0; takes 1 or more", {"gen_length": 0}),
+        (ValueError, r"gen_length=-3", {"gen_length": [4, -3]}),
+        (TypeError, r"gen_length=2.5; takes an int", {"gen_length": 2.5}),
+        (ValueError, r"gen_length holds 2 numbers for 1 rows", {"gen_length": [4, 4]}),
+        (ValueError, r"block_length=0; takes 1 or more", {"block_length": 0}),
+        (TypeError, r"block_length=True", {"block_length": True}),
+        (ValueError, r"steps=0; takes 1 or more", {"steps": 0}),
+        (ValueError, r"threshold=0; takes a number above 0 and at most 1", {"threshold": 0}),
+        (ValueError, r"threshold=1.5", {"threshold": 1.5}),
+        (ValueError, r"threshold=nan", {"threshold": float("nan")}),
+        (TypeError, r"threshold='0.9'", {"threshold": "0.9"}),
+        (ValueError, r"factor=0; takes a number above 0", {"factor": 0}),
+        (ValueError, r"factor=-1.0", {"factor": -1.0}),
+        (ValueError, r"factor=inf", {"factor": float("inf")}),
+        (ValueError, r"temperature=-0.1; takes a number 0 or more", {"temperature": -0.1}),
+        (ValueError, r"steps=4, threshold=0.9: takes only one", {"steps": 4, "threshold": 0.9}),
+        (ValueError, r"threshold=0.9, factor=1.0: takes only one", {"factor": 1.0, "threshold": 0.9}),
+        (ValueError, r"cache='both'; takes one of none, prefix, dual", {"cache": "both"}),
+        (ValueError, r"remasking='low'; takes one of low_confidence, random", {"remasking": "low"}),
+        (TypeError, r"stop_on_eos=1", {"stop_on_eos": 1}),
+        (ValueError, r"seed=-1; takes 0 to", {"seed": -1}),
+        (TypeError, r"seed=1.5", {"seed": 1.5}),
+        (ValueError, r"seed holds 3 numbers for 1 rows", {"seed": [1, 2, 3]}),
+        (ValueError, r"top_p=0.9, top_k=None: llada takes neither", {"top_p": 0.9}),
+        (TypeError, r"unknown argument 'treshold'; takes block_length, cache", {"treshold": 0.9}),
+        (TypeError, r"config=dict; takes a fastdllm_ext.GenerationConfig", {"config": {}}),
+        (ValueError, r"gen_length=254: .* exceeds the model's 256 positions", {"gen_length": 254}),
+        (ValueError, r"attention_mask has shape \[1, 2\]; takes input_ids' shape \[1, 3\]",
+         {"attention_mask": torch.ones(1, 2)}),
+        (ValueError, r"attention_mask\[0\] has zeros inside", {"attention_mask": torch.tensor([[1, 0, 1]])}),
+        (ValueError, r"attention_mask\[0\] holds other values", {"attention_mask": torch.tensor([[1, 2, 1]])}),
+        (TypeError, r"attention_mask=list", {"attention_mask": [[1, 1, 1]]}),
+        (TypeError, r"kv_cache=int", {"kv_cache": 3}),
+        (ValueError, r"kv_cache holds \(layers, kv heads, head_dim\) \(2, 4, 16\)",
+         {"kv_cache": fd.PagedKVCache(2, 4, 16, num_pages=5)}),
+        (ValueError, r"kv_cache holds .* in torch.bfloat16 on cpu; takes .* in torch.float32",
+         {"kv_cache": fd.PagedKVCache(2, 4, 8, num_pages=5, dtype=torch.bfloat16)}),
+        (ValueError, r"needed 5 pages, 2 of 2 are free", {"kv_cache": fd.PagedKVCache(2, 4, 8, num_pages=2)}),
+        (TypeError, r"input_ids=str", {"input_ids": "hello"}),
+        (ValueError, r"input_ids has shape \[3\]; takes \[B, P\]", {"input_ids": ROW[0]}),
+        (ValueError, r"input_ids holds no row", {"input_ids": []}),
+        (ValueError, r"input_ids\[0\] has shape \[1, 3\]; takes 1-D", {"input_ids": [ROW]}),
+        (TypeError, r"input_ids\[0\]=list", {"input_ids": [[1, 2]]}),
+        (TypeError, r"input_ids\[0\] has dtype torch.float32; takes torch.int64", {"input_ids": ROW.float()}),
+        (ValueError, r"input_ids is on meta; takes the model's device, cpu", {"input_ids": ROW.to("meta")}),
+        (ValueError, rf"input_ids\[0\] holds token {VOCAB}; takes 0 to {VOCAB - 1}", {"input_ids": ROW + VOCAB - 6}),
+        (ValueError, r"input_ids\[0\] holds token -2", {"input_ids": ROW - 6}),
+        (ValueError, rf"input_ids\[0\] holds the mask token {MASK}", {"input_ids": ROW + MASK - 6}),
+        (ValueError, r"takes input_ids of shape \[B, P\]", {"input_ids": [ROW[0]], "attention_mask": ROW}),
+        (ValueError, r"streamer: takes one row, got 2", {"input_ids": [ROW[0], ROW[0]], "streamer": TextRecorder()}),
+    ],
+)  # fmt: skip
+def test_bad_input(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    """The message names the argument, and the same model goes on as before."""
+    model = tiny_llada()
+    wanted = fd.generate(model, ROW, gen_length=20).sequences
+    arguments = {"input_ids": ROW} | arguments
+    pool = getattr(arguments.get("kv_cache"), "pool", None)
+    with pytest.raises(error, match=message):
+        fd.generate(model, **arguments)
+    assert pool is None or pool.num_used == 0
+    assert torch.equal(fd.generate(model, ROW, gen_length=20).sequences, wanted)
+
+
+def test_a_family_may_need_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdllm_ext.patching.llada import LLaDA
+
+    monkeypatch.setattr(LLaDA, "needs_prompt", True)
+    with pytest.raises(ValueError, match=r"input_ids\[1\] is empty; llada takes a prompt"):
+        fd.generate(tiny_llada(), [ROW[0], ROW[0, :0]])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_in_the_model_is_an_error_that_names_the_module(value: float) -> None:
+    model = tiny_llada()
+    cache = fd.PagedKVCache(2, 4, 8, num_pages=9)
+    wanted = fd.generate(model, ROW, gen_length=20).sequences
+    weight = model.model.transformer["blocks"][1].up_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight[3, 4] = value
+    with pytest.raises(ValueError, match=r"rows \[0, 1\] at step 0; first in the output of .*blocks.1.up_proj"):
+        fd.generate(model, [ROW[0], ROW[0]], gen_length=20, kv_cache=cache)
+    assert cache.stats.num_used == 0
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert torch.equal(fd.generate(model, ROW, gen_length=20, kv_cache=cache).sequences, wanted)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_mixed_dtypes_are_refused() -> None:
+    model = tiny_llada()
+    model.model.transformer["ln_f"].to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"model: parameters of mixed dtypes \['torch.bfloat16', 'torch.float32'\]"):
+        fd.generate(model, ROW)
+
+
+def test_an_error_in_a_streamer_leaves_everything_whole() -> None:
+    class Broken(Recorder):
+        def on_commit(self, commit: fd.Commit) -> None:
+            raise RuntimeError("stop")
+
+    model, cache = tiny_llada(), fd.PagedKVCache(2, 4, 8, num_pages=9)
+    wanted = fd.generate(model, ROW, gen_length=20).sequences
+    with pytest.raises(RuntimeError, match="stop"):
+        fd.generate(model, ROW, gen_length=20, streamer=Broken(), kv_cache=cache)
+    assert cache.stats.num_used == 0
+    assert torch.equal(fd.generate(model, ROW, gen_length=20, kv_cache=cache).sequences, wanted)

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from backends import TOLERANCE, Backend, each_backend, each_compiled, relative_error
+
+from fastdllm_ext import reference
+
+
+@dataclass
+class Case:
+    """Random ragged sequences over shuffled pages; slots behind a sequence's end hold NaN."""
+
+    args: tuple
+    queries: list[int]
+
+    @classmethod
+    def make(
+        cls,
+        queries: list[int],
+        keys: list[int],
+        *,
+        heads: int = 4,
+        kv_heads: int = 2,
+        head_dim: int = 64,
+        page_size: int = 32,
+        dtype: torch.dtype = torch.float32,
+        spread: float = 1.0,
+    ) -> Case:
+        counts = [-(-n // page_size) for n in keys]
+        pages = torch.randperm(sum(counts) + 3)
+        table = torch.zeros(len(keys), max([*counts, 1]), dtype=torch.int32)
+        k = torch.full((len(pages), kv_heads, page_size, head_dim), torch.nan, dtype=dtype)
+        v = k.clone()
+        for b, (count, length) in enumerate(zip(counts, keys, strict=True)):
+            own, pages = pages[:count], pages[count:]
+            table[b, :count] = own
+            for x in (k, v):
+                for i, page in enumerate(own.tolist()):
+                    filled = min(page_size, length - i * page_size)
+                    x[page, :, :filled] = torch.randn(kv_heads, filled, head_dim) * spread
+        offsets = torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32)
+        q = (torch.randn(sum(queries), heads, head_dim) * spread).to(dtype)
+        lengths = torch.tensor(keys, dtype=torch.int32)
+        return cls((q, k, v, table, lengths, offsets, max([*queries, 0]), head_dim**-0.5), queries)
+
+    def truth(self) -> torch.Tensor:
+        q, *rest = self.args
+        return reference.paged_attention(q.double(), *rest, compute=torch.float64)
+
+
+@each_backend
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+def test_sizes(backend: Backend, head_dim: int, page_size: int) -> None:
+    for dtype in backend.dtypes:
+        case = Case.make([1, 33, 7], [1, 100, 65], head_dim=head_dim, page_size=page_size, dtype=dtype)
+        out = backend.run("paged_attention", *case.args)
+        assert out.dtype == dtype
+        assert relative_error(out, case.truth()) < TOLERANCE[dtype]
+
+
+@each_backend
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (4, 1), (7, 1), (28, 4), (6, 2)])
+def test_grouped_query_attention(backend: Backend, heads: int, kv_heads: int) -> None:
+    for dtype in backend.dtypes:
+        case = Case.make([32, 5], [70, 33], heads=heads, kv_heads=kv_heads, dtype=dtype)
+        assert relative_error(backend.run("paged_attention", *case.args), case.truth()) < TOLERANCE[dtype]
+
+
+@each_backend
+@pytest.mark.parametrize("queries", [1, 2, 15, 16, 17, 31, 32, 33, 64, 129, 300])
+def test_ragged_queries(backend: Backend, queries: int) -> None:
+    for dtype in backend.dtypes:
+        case = Case.make([queries, 0, 3, queries], [40, 8, 0, 1000], dtype=dtype)
+        out = backend.run("paged_attention", *case.args)
+        assert relative_error(out, case.truth()) < TOLERANCE[dtype]
+        assert (out[queries : queries + 3] == 0).all(), "a sequence without keys gets zeros"
+
+
+@each_backend
+def test_many_pages(backend: Backend) -> None:
+    case = Case.make([8], [5000], page_size=16)
+    assert relative_error(backend.run("paged_attention", *case.args), case.truth()) < 1e-5
+
+
+@each_backend
+def test_large_scores_do_not_overflow(backend: Backend) -> None:
+    for dtype in backend.dtypes:
+        case = Case.make([9], [200], dtype=dtype, spread=12.0)
+        out = backend.run("paged_attention", *case.args)
+        assert relative_error(out, case.truth()) < 3 * TOLERANCE[dtype]  # scores of ±1e3: softmax is nearly a choice
+
+
+@each_compiled
+def test_nan_in_a_key_reaches_only_its_sequence(backend: Backend) -> None:
+    case = Case.make([4, 4], [50, 50])
+    clean = backend.run("paged_attention", *case.args)
+    _, k, _, table = case.args[:4]
+    k[table[0, 1], :, 3] = torch.nan
+    out = backend.run("paged_attention", *case.args)
+    assert out[:4].isnan().all()
+    assert torch.equal(out[4:], clean[4:])
+
+
+@each_compiled
+def test_no_queries(backend: Backend) -> None:
+    case = Case.make([0, 0], [5, 0])
+    assert backend.run("paged_attention", *case.args).shape == (0, 4, 64)
+
+
+@each_compiled
+def test_bits_do_not_depend_on_the_batch(backend: Backend) -> None:
+    for dtype in backend.dtypes:
+        case = Case.make([32, 1, 100, 32], [500, 31, 100, 64], dtype=dtype)
+        q, k, v, table, lengths, offsets, longest, scale = case.args
+        together = backend.run("paged_attention", *case.args)
+        assert torch.equal(together, backend.run("paged_attention", *case.args))
+        for b, queries in enumerate(case.queries):
+            begin = int(offsets[b])
+            alone = backend.run(
+                "paged_attention",
+                q[begin : begin + queries].contiguous(),
+                k,
+                v,
+                table[b : b + 1].contiguous(),
+                lengths[b : b + 1].contiguous(),
+                torch.tensor([0, queries], dtype=torch.int32),
+                longest,
+                scale,
+            )
+            assert torch.equal(alone, together[begin : begin + queries])
+
+
+def _changed(index: int, value: object) -> tuple:
+    args = list(Case.make([4], [20]).args)
+    args[index] = value(args[index]) if callable(value) else value
+    return tuple(args)
+
+
+@pytest.mark.parametrize(
+    "index, change, message",
+    [
+        (0, lambda q: q[0], r"q has shape \[4, 64\]"),
+        (0, lambda q: q[:, :3].contiguous(), "q has 3 heads; takes a multiple of the 2"),
+        (0, lambda q: q[..., :12].contiguous(), "head_dim 12"),
+        (0, lambda q: q.half(), "float16"),
+        (0, lambda q: q.transpose(0, 1), "q is not contiguous"),
+        (1, lambda k: k.bfloat16(), "k_pages has another dtype"),
+        (1, lambda k: k[:, :, :8].contiguous(), "page_size 8"),
+        (2, lambda v: v[:1], "v_pages has shape"),
+        (3, lambda t: t.long(), "block_table has another dtype; takes int32"),
+        (3, lambda t: t + 1000, r"block_table\[0, 0\] is 10"),
+        (4, lambda n: n + 1000, r"kv_lens\[0\] is 1020"),
+        (4, lambda n: n - 21, r"kv_lens\[0\] is -1"),
+        (5, lambda o: o + 1, "cu_seqlens_q runs from 1"),
+        (6, 3, "max_seqlen_q 3, but sequence 0 has 4"),
+    ],
+)
+def test_bad_arguments(index: int, change: object, message: str) -> None:
+    with pytest.raises(RuntimeError, match="paged_attention: .*" + message):
+        Backend("portable").run("paged_attention", *_changed(index, change))
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(torch.ops.fastdllm_ext.paged_attention.default, Case.make([3, 5], [40, 9]).args)

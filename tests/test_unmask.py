@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from backends import Backend, each_backend, each_compiled
+
+from fastdllm_ext import reference
+from fastdllm_ext.ops import Row, Rule, Score
+
+MASK = 7
+EOS = 3
+
+
+class Batch:
+    """Sequences with a prompt of 5 tokens and `masks` masked positions, and logits for those."""
+
+    def __init__(
+        self,
+        masks: list[int],
+        *,
+        vocab: int = 1000,
+        dtype: torch.dtype = torch.float32,
+        rule: Rule = Rule.THRESHOLD,
+        value: float = 0.5,
+        temperature: float = 0.0,
+        spread: float = 6.0,
+        **fields: int,
+    ) -> None:
+        count, first = len(masks), 5
+        width = first + max([*masks, 1]) + 4
+        self.tokens = torch.randint(10, vocab, (count, width)) if vocab > 11 else torch.full((count, width), 8)
+        self.rows = torch.zeros(count, len(Row), dtype=torch.int64)
+        positions = []
+        for b, n in enumerate(masks):
+            where = (torch.randperm(width - first)[:n] + first).sort().values
+            self.tokens[b, where] = MASK
+            positions.append(where)
+            values = {
+                "rule": rule,
+                "score": Score.PROBABILITY,
+                "seed": 11,
+                "stream": b,
+                "first": first,
+                "end": width,
+                "step": 4,
+                "block_step": 1,
+                "block_masks": n + 1,
+                "block_steps": 3,
+                "masks_left": n,
+                "eos_at": -1,
+            } | fields
+            for name, x in values.items():
+                self.rows[b, Row[name.upper()]] = int(x)
+        self.positions = torch.cat(positions)
+        self.cu_rows = torch.tensor([0, *itertools.accumulate(masks)], dtype=torch.int32)
+        self.logits = (torch.randn(sum(masks), vocab) * spread).to(dtype)
+        self.step_map = torch.full((count, width), -1, dtype=torch.int32)
+        self.confidence = torch.zeros(count, width)
+        self.knobs = torch.tensor([[value, temperature]] * count)
+        self.eos_ids = torch.tensor([EOS])
+
+    @property
+    def args(self) -> tuple:
+        return (
+            self.logits, self.cu_rows, self.positions, self.tokens, self.step_map, self.confidence,
+            self.rows, self.knobs, self.eos_ids, MASK,
+        )  # fmt: skip
+
+    def run(self, backend: Backend) -> Batch:
+        backend.run("unmask", *self.args)
+        return self
+
+    def copy(self) -> Batch:
+        twin = object.__new__(Batch)
+        twin.__dict__ = {name: value.clone() for name, value in self.__dict__.items()}
+        return twin
+
+    def assert_same(self, other: Batch) -> None:
+        for name in ("tokens", "step_map", "rows"):
+            assert torch.equal(getattr(self, name), getattr(other, name)), name
+        torch.testing.assert_close(self.confidence, other.confidence, rtol=1e-5, atol=1e-7)
+
+
+RULES: list[Any] = [(Rule.QUOTA, 0.0), (Rule.THRESHOLD, 0.5), (Rule.FACTOR, 1.0), (Rule.FACTOR, 0.3)]
+
+
+@each_compiled
+@pytest.mark.parametrize("rule, value", RULES)
+@pytest.mark.parametrize("vocab", [11, 79, 1000, 4097, 32003])
+def test_against_reference(backend: Backend, rule: Rule, value: float, vocab: int) -> None:
+    for dtype in backend.dtypes:
+        batch = Batch([32, 1, 0, 9], vocab=vocab, dtype=dtype, rule=rule, value=value)
+        truth = batch.copy().run(Backend("reference"))
+        batch.run(backend).assert_same(truth)
+        assert (batch.step_map == 4).sum() > 0
+
+
+@each_compiled
+@pytest.mark.parametrize("masks", [1, 31, 33, 300, 1500])
+def test_many_masks(backend: Backend, masks: int) -> None:
+    for rule, value in RULES:
+        batch = Batch([masks], vocab=100, rule=rule, value=value)
+        truth = batch.copy().run(Backend("reference"))
+        batch.run(backend).assert_same(truth)
+
+
+@each_compiled
+def test_confidence_is_close_to_float64(backend: Backend) -> None:
+    batch = Batch([64], vocab=126464, value=1e-30)
+    truth = batch.logits.double().softmax(1)
+    batch.run(backend)
+    where = batch.positions
+    exact = truth.gather(1, batch.tokens[0, where][:, None])[:, 0]
+    assert ((batch.confidence[0, where] - exact).abs() / exact).max() < 3e-6
+
+
+@each_backend
+def test_mask_token_is_never_a_candidate(backend: Backend) -> None:
+    batch = Batch([6])
+    batch.logits[:, MASK] = 50.0
+    batch.run(backend)
+    assert int(batch.rows[0, Row.MASKS_LEFT]) == 5, "confidence is tiny: the normaliser includes the mask"
+    assert (batch.tokens[0] == MASK).sum() == 5
+    assert float(batch.confidence.max()) < 1e-6
+
+
+@each_backend
+def test_ties_go_to_the_lowest(backend: Backend) -> None:
+    batch = Batch([5], vocab=2000, rule=Rule.QUOTA, block_masks=4, block_steps=2)
+    batch.logits.fill_(0.25)
+    batch.run(backend)
+    chosen = batch.positions[:2]
+    assert (batch.tokens[0, chosen] == 0).all(), "lowest token"
+    assert batch.step_map[0].nonzero().numel() == batch.step_map.numel()
+    assert (batch.step_map[0] == 4).nonzero()[:, 0].tolist() == chosen.tolist(), "lowest positions"
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "masks, steps, wanted",
+    [(10, 4, [3, 3, 2, 2]), (3, 5, [1, 1, 1]), (7, 1, [7]), (8, 8, [1] * 8), (9, 2, [5, 4])],
+)
+def test_quota_is_spread_evenly(backend: Backend, masks: int, steps: int, wanted: list[int]) -> None:
+    batch = Batch([masks], rule=Rule.QUOTA, block_masks=masks, block_steps=steps, block_step=0)
+    found = []
+    while left := int(batch.rows[0, Row.MASKS_LEFT]):
+        keep = (batch.tokens[0, batch.positions] == MASK).nonzero()[:, 0]
+        batch.logits, batch.positions = batch.logits[keep].contiguous(), batch.positions[keep]
+        batch.cu_rows = torch.tensor([0, left], dtype=torch.int32)
+        batch.run(backend)
+        found.append(left - int(batch.rows[0, Row.MASKS_LEFT]))
+    assert found == wanted
+
+
+def _batch_with_probabilities(probabilities: list[float], **kwargs: Any) -> Batch:
+    """Row i gives token 20 + i the wanted probability, the rest evenly to 79 others."""
+    batch = Batch([len(probabilities)], vocab=80, **kwargs)
+    for i, p in enumerate(probabilities):
+        batch.logits[i] = torch.log(torch.tensor((1 - p) / 79))
+        batch.logits[i, 20 + i] = torch.log(torch.tensor(p))
+    return batch
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "value, wanted",
+    [(1.0, 4), (0.11, 2), (0.02, 1), (0.0001, 1), (1.49, 4), (1.6, 5), (10.0, 6)],
+)
+def test_factor_is_theorem_1(backend: Backend, value: float, wanted: int) -> None:
+    """(n + 1)(1 - c): .02 (n 1), .09 (2), .4 (3), .75 (4), 1.5 (5), 4.9 (6), in sorted order."""
+    batch = _batch_with_probabilities([0.75, 0.3, 0.85, 0.99, 0.90, 0.97], rule=Rule.FACTOR, value=value)
+    batch.run(backend)
+    assert 6 - int(batch.rows[0, Row.MASKS_LEFT]) == wanted
+
+
+@each_backend
+def test_threshold(backend: Backend) -> None:
+    batch = _batch_with_probabilities([0.5, 0.91, 0.2, 0.95], value=0.9)
+    batch.run(backend)
+    assert (batch.step_map[0, batch.positions] == 4).tolist() == [False, True, False, True]
+    batch = _batch_with_probabilities([0.5, 0.6, 0.2], value=0.9)
+    batch.run(backend)
+    assert (batch.step_map[0, batch.positions] == 4).tolist() == [False, True, False]
+
+
+@each_backend
+def test_end_of_sequence(backend: Backend) -> None:
+    def finish(tokens: list[int], eos: list[int]) -> int:
+        batch = Batch([1], vocab=80, value=1.0)
+        batch.tokens = torch.tensor([[EOS, 20, *tokens]])
+        batch.step_map = torch.full_like(batch.tokens, -1, dtype=torch.int32)
+        batch.confidence = torch.zeros(batch.tokens.shape)
+        batch.rows[0, Row.FIRST], batch.rows[0, Row.END] = 2, 2 + len(tokens)
+        batch.positions = torch.tensor([2 + tokens.index(MASK)])
+        batch.logits[0] = 0.0
+        batch.logits[0, 20] = 9.0
+        batch.eos_ids = torch.tensor(eos, dtype=torch.int64)
+        batch.run(backend)
+        return int(batch.rows[0, Row.EOS_AT])
+
+    assert finish([20, MASK, EOS, 20], [EOS]) == 4, "everything before it is committed now"
+    assert finish([MASK, MASK, EOS, 20], [EOS]) == -1, "a mask before it"
+    assert finish([20, MASK, 20, 20], [EOS]) == -1, "the prompt's EOS does not count"
+    assert finish([21, MASK, EOS, 21], [EOS, 21]) == 2, "several ids: the first"
+    assert finish([20, MASK, EOS, 20], []) == -1, "no ids"
+
+
+@each_backend
+def test_sequences_without_logits_are_left_alone(backend: Backend) -> None:
+    batch = Batch([3, 0, 2])
+    before = batch.copy()
+    batch.run(backend)
+    for name in ("tokens", "step_map", "confidence", "rows"):
+        assert torch.equal(getattr(batch, name)[1], getattr(before, name)[1])
+    assert int(batch.rows[0, Row.STEP]) == 5
+    assert int(batch.rows[0, Row.BLOCK_STEP]) == 2
+
+
+@each_backend
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.nan])
+@pytest.mark.parametrize("column", [0, 1, 63, 64, 511, 1023, 1024, 2999])
+def test_bad_logits_commit_nothing(backend: Backend, value: float, column: int) -> None:
+    for dtype in backend.dtypes:
+        batch = Batch([4, 3], vocab=3000, dtype=dtype)
+        batch.logits[2, column] = value
+        before = batch.copy()
+        batch.run(backend)
+        assert batch.rows[:, Row.BAD_LOGITS].tolist() == [1, 0]
+        assert torch.equal(batch.tokens[0], before.tokens[0])
+        assert int(batch.rows[0, Row.STEP]) == 4
+        assert int(batch.rows[0, Row.MASKS_LEFT]) == 4
+        assert int(batch.rows[1, Row.STEP]) == 5, "other sequences go on"
+
+
+@each_backend
+def test_minus_infinity_suppresses_a_token(backend: Backend) -> None:
+    batch = Batch([4], value=1e-30)
+    best = batch.logits.argmax(1)
+    batch.logits[torch.arange(4), best] = -torch.inf
+    batch.run(backend)
+    assert int(batch.rows[0, Row.BAD_LOGITS]) == 0
+    assert (batch.tokens[0, batch.positions] == batch.logits.argmax(1)).all()
+    batch = Batch([2])
+    batch.logits[1] = -torch.inf
+    batch.logits[1, MASK] = 1.0
+    assert int(batch.run(backend).rows[0, Row.BAD_LOGITS]) == 1, "no candidate at all"
+
+
+@each_compiled
+def test_sampling_takes_the_reference_noise(backend: Backend) -> None:
+    """Same Philox words, so the same candidates, but where two perturbed logits nearly tie."""
+    for dtype in backend.dtypes:
+        batch = Batch([32, 8], vocab=5000, dtype=dtype, temperature=0.7, value=1e-30, spread=1.0)
+        truth = batch.copy().run(Backend("reference"))
+        batch.run(backend)
+        differ = (batch.tokens != truth.tokens).sum()
+        assert differ == 0, f"{differ} of 40 candidates differ"
+        torch.testing.assert_close(batch.confidence, truth.confidence, rtol=1e-5, atol=1e-9)
+
+
+@each_compiled
+def test_samples_follow_the_softmax(backend: Backend) -> None:
+    """Chi-squared of 20,000 samples of an 8-token distribution at T = 2, the mask left out."""
+    rows = 20000
+    batch = Batch([rows], vocab=9, temperature=2.0, value=1e-30)
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 3.0, -2.0, 4.0, 1.5])  # MASK is 7
+    batch.logits = logits.repeat(rows, 1)
+    batch.run(backend)
+    counts = torch.bincount(batch.tokens[0, batch.positions], minlength=9).double()
+    expected = (logits.double() / 2).masked_fill(torch.arange(9) == MASK, -torch.inf).softmax(0) * rows
+    assert counts[MASK] == 0
+    keep = torch.arange(9) != MASK
+    chi2 = ((counts - expected)[keep] ** 2 / expected[keep]).sum()
+    assert chi2 < 24.3, "0.1% of draws of chi-squared with 7 degrees of freedom lie above"
+
+
+@each_compiled
+def test_random_remasking(backend: Backend) -> None:
+    batch = Batch([16], rule=Rule.QUOTA, block_masks=8, block_steps=2, score=Score.RANDOM)
+    truth = batch.copy().run(Backend("reference"))
+    batch.run(backend).assert_same(truth)
+    assert torch.equal(batch.tokens[0, batch.positions[0]], truth.tokens[0, batch.positions[0]])
+    other = batch.copy()
+    other.rows[0, Row.SEED] = 12
+    assert not torch.equal(other.run(backend).step_map, batch.step_map)
+
+
+@each_compiled
+def test_bits_do_not_depend_on_the_batch(backend: Backend) -> None:
+    for temperature in (0.0, 1.0):
+        batch = Batch([7, 12, 3], vocab=3000, temperature=temperature, value=0.01)
+        alone = batch.copy()
+        twice = batch.copy().run(backend)
+        batch.run(backend)
+        for name in ("tokens", "step_map", "confidence", "rows"):
+            assert torch.equal(getattr(batch, name), getattr(twice, name))
+        alone.logits, alone.positions = alone.logits[7:19].contiguous(), alone.positions[7:19]
+        alone.cu_rows = torch.tensor([0, 12], dtype=torch.int32)
+        for name in ("tokens", "step_map", "confidence", "rows", "knobs"):
+            setattr(alone, name, getattr(alone, name)[1:2].contiguous())
+        alone.run(backend)
+        for name in ("tokens", "step_map", "confidence", "rows"):
+            assert torch.equal(getattr(alone, name)[0], getattr(batch, name)[1])
+
+
+@each_compiled
+def test_strided_logits(backend: Backend) -> None:
+    batch = Batch([8], vocab=500)
+    wide = torch.full((8, 517), torch.nan)
+    wide[:, :500] = batch.logits
+    truth = batch.copy().run(Backend("reference"))
+    batch.logits = wide[:, :500]
+    batch.run(backend).assert_same(truth)
+
+
+def test_philox_known_answers() -> None:
+    """The published test vectors of Philox4x32-10."""
+
+    def words(key: int, counter: list[int]) -> list[str]:
+        out = reference.philox(key, torch.tensor([counter[0]]), *counter[1:])
+        return [f"{x:08x}" for x in out[0].tolist()]
+
+    assert words(0, [0, 0, 0, 0]) == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+    ones = 0xFFFFFFFF
+    assert words(2**64 - 1, [ones] * 4) == ["408f276d", "41c83b0e", "a20bc7c6", "6d5451fd"]
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("logits", lambda x: x.double(), "logits has an unsupported dtype"),
+        ("logits", lambda x: x[:, :1], "logits has 1 columns"),
+        ("cu_rows", lambda x: x + 1, "cu_rows runs from 1"),
+        ("cu_rows", lambda x: x.long(), "cu_rows has another dtype; takes int32"),
+        ("positions", lambda x: x + 100, r"positions\[0\] is 1\d\d; takes 0 to"),
+        ("tokens", lambda x: x.int(), "tokens has another dtype; takes int64"),
+        ("step_map", lambda x: x[:, :2].contiguous(), "step_map has shape"),
+        ("rows", lambda x: x[:, :4].contiguous(), "rows has shape"),
+        ("rows", lambda x: x + 1000, r"rows\[0\] has first"),
+        ("knobs", lambda x: x.double(), "knobs has another dtype"),
+    ],
+)
+def test_bad_arguments(name: str, change, message: str) -> None:
+    batch = Batch([4])
+    setattr(batch, name, change(getattr(batch, name)))
+    with pytest.raises(RuntimeError, match="unmask: .*" + message):
+        batch.run(Backend("portable"))
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(torch.ops.fastdllm_ext.unmask.default, Batch([4, 2], value=0.2).args)
