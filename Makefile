@@ -7,12 +7,17 @@ TORCH  ?= torch>=2.11,<2.14
 BUILD_TOOLS := scikit-build-core>=0.10 pybind11>=2.13 ninja cmake
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc third_party -type f -not -name '*.pyc')
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+# Runs Python on a copy of the package instead of the editable install (-S: no .pth files).
+SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+PYTHON_ON = PYTHONPATH=$(1):$(SITE) $(BIN)/python -S
 
-.PHONY: demo test lint format asan clean install help
+.PHONY: help install demo test lint format wheel asan clean
 help:
 	@echo "make demo    build, then the bundled model: unpatched against patched, one table"
 	@echo "make test    build, then the whole test-suite"
 	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make wheel   build as plain pip does, with build isolation, and try the result"
 	@echo "make asan    the operations' tests under AddressSanitizer and UBSan"
 
 $(BIN)/python:
@@ -40,12 +45,28 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: install
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
+	cd build/wheel && $(call PYTHON_ON,site) -m fastdllm_ext env
+
+asan: install
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset asan -DPython_EXECUTABLE="$(abspath $(BIN))/python"
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset asan
+	rm -rf build/asan/site && mkdir -p build/asan/site && cp -r python/fastdllm_ext build/asan/site
+	cp build/asan/_C*.so build/asan/site/fastdllm_ext
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(call PYTHON_ON,build/asan/site) -m pytest \
+	  tests/test_paged_attention.py tests/test_rope_write_kv.py tests/test_unmask.py tests/test_copy_pages.py \
+	  tests/test_cache.py
 
 clean:
 	rm -rf build demo-out $(VENV)

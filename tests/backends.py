@@ -1,4 +1,4 @@
-"""The places an operation can run: plain PyTorch, the CPU's instruction sets, a CUDA device where there is one."""
+"""Where an operation can run: plain PyTorch, the CPU's instruction sets, a CUDA device if there is one."""
 
 from __future__ import annotations
 

@@ -50,12 +50,16 @@ class SlowLLaDA:
         x = self.parts.wte.weight[tokens[positions]]
         for i, block in enumerate(self.parts.blocks):
             n = rms_norm(x, block.attn_norm.weight, c.rms_norm_eps)
-            q, k, v = (p(n).view(len(positions), -1, c.head_dim) for p in (block.q_proj, block.k_proj, block.v_proj))
+            q, k, v = (
+                p(n).view(len(positions), -1, c.head_dim) for p in (block.q_proj, block.k_proj, block.v_proj)
+            )
             q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
             if fresh:
                 self.kv.append((k, v))
             else:
-                k, v = (old.index_copy(0, positions, new) for old, new in zip(self.kv[i], (k, v), strict=True))
+                k, v = (
+                    old.index_copy(0, positions, new) for old, new in zip(self.kv[i], (k, v), strict=True)
+                )
                 self.kv[i] = (k, v)
             heads = []
             for h in range(c.n_heads):
@@ -112,7 +116,9 @@ def slow_generate(
         return None
 
     for number, block in enumerate(blocks):
-        steps = max(1, int(rule.get("steps", 1)) // len(blocks) + (number < int(rule.get("steps", 1)) % len(blocks)))
+        steps = max(
+            1, int(rule.get("steps", 1)) // len(blocks) + (number < int(rule.get("steps", 1)) % len(blocks))
+        )
         step = 0
         while any(tokens[p] == mask for p in block):
             if step == 0 or cache == "none":

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from backends import TOLERANCE, Backend, each_backend, each_compiled, relative_error
 
+from backends import TOLERANCE, Backend, each_backend, each_compiled, relative_error
 from fastdllm_ext import reference
 
 
@@ -92,7 +92,9 @@ def test_large_scores_do_not_overflow(backend: Backend) -> None:
     for dtype in backend.dtypes:
         case = Case.make([9], [200], dtype=dtype, spread=12.0)
         out = backend.run("paged_attention", *case.args)
-        assert relative_error(out, case.truth()) < 3 * TOLERANCE[dtype]  # scores of ±1e3: softmax is nearly a choice
+        assert (
+            relative_error(out, case.truth()) < 3 * TOLERANCE[dtype]
+        )  # scores of ±1e3: softmax is nearly a choice
 
 
 @each_compiled

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import TOLERANCE, Backend, each_backend, each_compiled, relative_error
 
+from backends import TOLERANCE, Backend, each_backend, each_compiled, relative_error
 from fastdllm_ext import reference
 from fastdllm_ext.rope import rope_table
 
@@ -40,7 +40,16 @@ def test_against_float64(backend: Backend, head_dim: int, page_size: int, tokens
         q, k, v, cos, sin, positions, slots, k_pages, v_pages = args
         wanted_k, wanted_v = k_pages.double(), v_pages.double()
         wanted = reference.rope_write_kv(
-            q.double(), k.double(), v.double(), cos, sin, positions, slots, wanted_k, wanted_v, compute=torch.float64
+            q.double(),
+            k.double(),
+            v.double(),
+            cos,
+            sin,
+            positions,
+            slots,
+            wanted_k,
+            wanted_v,
+            compute=torch.float64,
         )
         out = backend.run("rope_write_kv", *args)
         written = ~wanted_k.isnan()

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from backends import Backend, each_backend, each_compiled
 
+from backends import Backend, each_backend, each_compiled
 from fastdllm_ext import reference
 from fastdllm_ext.ops import Row, Rule, Score
 
@@ -31,7 +31,9 @@ class Batch:
     ) -> None:
         count, first = len(masks), 5
         width = first + max([*masks, 1]) + 4
-        self.tokens = torch.randint(10, vocab, (count, width)) if vocab > 11 else torch.full((count, width), 8)
+        self.tokens = (
+            torch.randint(10, vocab, (count, width)) if vocab > 11 else torch.full((count, width), 8)
+        )
         self.rows = torch.zeros(count, len(Row), dtype=torch.int64)
         positions = []
         for b, n in enumerate(masks):

@@ -6,7 +6,7 @@
 #ifdef __CUDACC__
 #define FASTDLLM_HD __host__ __device__ __forceinline__
 #else
-#define FASTDLLM_HD inline
+#define FASTDLLM_HD static inline
 #endif
 
 namespace fastdllm {

@@ -64,39 +64,22 @@ struct PairedBFloat16 {
 };
 #endif
 
-// Hides where x comes from: the compiler then keeps an accumulator in its register and a pointer as a pointer.
-template <class T> inline void pin(T& x) {
-  if constexpr (sizeof(T) > sizeof(void*)) {
-#if defined(__AVX2__)
-    asm("" : "+v"(x));
-#endif
-  } else {
-    asm("" : "+r"(x));
-  }
-}
+#define FASTDLLM_INLINE __attribute__((always_inline))
 
-// sum[u][n] += sum over k < steps of a[u * unit + k * step] b[k][n], b contiguous. One line of `ahead` is asked
-// for in every two steps: the loads of the next block spread evenly over the arithmetic of this one.
+// sum[u][n] += sum over k < steps of a[u * unit + k * step] b[k][n], b contiguous. One line of `ahead` is
+// asked for in every two steps: the loads of the next block spread evenly over the arithmetic of this one.
 template <class Format, int kN, int kAheadStride>
-inline void multiply(F32 (&sum)[kUnits][kN], const Word* a, int64_t unit, int64_t step, const Word* b, int64_t steps,
-                     const char* ahead) {
+FASTDLLM_INLINE inline void multiply(F32 (&sum)[kUnits][kN], const Word* a, int64_t unit, int64_t step,
+                                     const Word* b, int64_t steps, const char* ahead) {
   const Word* c = a + kUnits / 2 * unit; // of the upper half of the units
-  pin(c);
-  const auto one = [&](int64_t k, const Word* b_k) __attribute__((always_inline)) {
+  const auto one = [&](int64_t k, const Word* b_k) FASTDLLM_INLINE {
     U32 rows[kN];
-#pragma GCC unroll 2
-    for (int n = 0; n < kN; ++n)
-      rows[n] = load_words(b_k + n * kLanes);
-#pragma GCC unroll 8
-    for (int u = 0; u < kUnits; ++u) {
+    unroll<kN>([&](auto n) FASTDLLM_INLINE { rows[n] = load_words(b_k + n * kLanes); });
+    unroll<kUnits>([&](auto u) FASTDLLM_INLINE {
       const Word* from = (u < kUnits / 2 ? a : c) + k * step;
       const U32 x = broadcast(from[u % (kUnits / 2) * unit]);
-#pragma GCC unroll 2
-      for (int n = 0; n < kN; ++n) {
-        sum[u][n] = Format::dot(sum[u][n], x, rows[n]);
-        pin(sum[u][n]);
-      }
-    }
+      unroll<kN>([&](auto n) FASTDLLM_INLINE { sum[u][n] = Format::dot(sum[u][n], x, rows[n]); });
+    });
   };
   int64_t k = 0;
   for (; k + 2 <= steps; k += 2) {
@@ -201,11 +184,11 @@ inline void attend_strip(const Block<typename Format::Element>& block,
     F32 sum[kUnits][kN] = {};
     multiply<Format, kN, kAheadStride>(sum, k, words, 1, q, words,
                                        (const char*)(next.k[page] + slot * head_dim));
-#pragma GCC unroll 8
-    for (int u = 0; u < kUnits; ++u)
-#pragma GCC unroll 2
-      for (int v = 0; v < kN; ++v)
+    unroll<kUnits>([&](auto u) FASTDLLM_INLINE {
+      unroll<kN>([&](auto v) FASTDLLM_INLINE {
         store_words(s + (j + u) * kRows + v * kLanes, (U32)(sum[u][v] * broadcast(factor)));
+      });
+    });
   }
 
   F32 rescale[kN];
@@ -219,7 +202,7 @@ inline void attend_strip(const Block<typename Format::Element>& block,
       m = max((F32)load_words(column + j * kRows), m);
     store(maximum, m);
     m = select(m == broadcast(kMinusInfinity), F32{}, m); // all scores -inf so far: 2^(-inf - 0) = 0
-    rescale[v] = exp2<5>(before - m); // 1 exactly where the maximum stays
+    rescale[v] = exp2<5>(before - m);                     // 1 exactly where the maximum stays
     F32 sum = load(total) * rescale[v];
     const auto probability = [&](int64_t j) {
       return exp2<Format::kExpDegree>((F32)load_words(column + j * kRows) - m);
@@ -243,11 +226,10 @@ inline void attend_strip(const Block<typename Format::Element>& block,
 
   for (int64_t d = 0; d < head_dim; d += kUnits) {
     F32 sum[kUnits][kN];
-#pragma GCC unroll 8
-    for (int u = 0; u < kUnits; ++u)
-#pragma GCC unroll 2
-      for (int v = 0; v < kN; ++v)
-        sum[u][v] = load(o + (d + u) * kRows + v * kLanes) * rescale[v];
+    unroll<kUnits>([&](auto u) FASTDLLM_INLINE {
+      unroll<kN>([&](auto v)
+                     FASTDLLM_INLINE { sum[u][v] = load(o + (d + u) * kRows + v * kLanes) * rescale[v]; });
+    });
     for (int64_t page = 0, j = 0; j < n; ++page, j += page_size) {
       const Word* v;
       if constexpr (Format::kCopyV)
@@ -258,11 +240,9 @@ inline void attend_strip(const Block<typename Format::Element>& block,
       multiply<Format, kN, kAheadStride>(sum, v + d, 1, head_dim, s + j / kDepth * kRows, steps,
                                          (const char*)(next.v[page] + d * page_size));
     }
-#pragma GCC unroll 8
-    for (int u = 0; u < kUnits; ++u)
-#pragma GCC unroll 2
-      for (int v = 0; v < kN; ++v)
-        store(o + (d + u) * kRows + v * kLanes, sum[u][v]);
+    unroll<kUnits>([&](auto u) FASTDLLM_INLINE {
+      unroll<kN>([&](auto v) FASTDLLM_INLINE { store(o + (d + u) * kRows + v * kLanes, sum[u][v]); });
+    });
   }
 }
 

@@ -40,6 +40,18 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// f(Index<0>), f(Index<1>) ... f(Index<kN - 1>). An array that is indexed by these alone becomes registers,
+// which is not so for an array indexed by the variable of a loop that the compiler unrolls.
+template <int kI> struct Index {
+  constexpr operator int() const { return kI; }
+};
+template <int kN, int kI = 0, class F> [[gnu::always_inline]] inline void unroll(const F& f) {
+  if constexpr (kI < kN) {
+    f(Index<kI>{});
+    unroll<kN, kI + 1>(f);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------- lane by lane
 
 inline F32 broadcast(float x) { return x - F32{}; }

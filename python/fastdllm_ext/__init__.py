@@ -1,9 +1,9 @@
 """Fast decoding of open diffusion language models, without retraining.
 
-    import fastdllm_ext as fd
+import fastdllm_ext as fd
 
-    model, tokenizer = fd.load(fd.demo_model_path())
-    output = fd.generate(model, input_ids, threshold=0.9)
+model, tokenizer = fd.load(fd.demo_model_path())
+output = fd.generate(model, input_ids, threshold=0.9)
 """
 
 import torch  # noqa: F401  (loads libtorch, which the compiled module links against)

@@ -13,7 +13,8 @@ import fastdllm_ext
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status."""
     parser = argparse.ArgumentParser(
-        prog="fastdllm-ext", description="Fast decoding of open diffusion language models, without retraining."
+        prog="fastdllm-ext",
+        description="Fast decoding of open diffusion language models, without retraining.",
     )
     parser.add_argument("--version", action="version", version=f"fastdllm_ext {fastdllm_ext.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

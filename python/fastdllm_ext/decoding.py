@@ -15,6 +15,7 @@ from fastdllm_ext.ops import Rule, Score
 __all__ = ["Commit", "GenerationConfig", "GenerationOutput", "Timings"]
 
 CACHES = ("none", "prefix", "dual")
+RULES = ("steps", "threshold", "factor")
 REMASKING = {"low_confidence": Score.PROBABILITY, "random": Score.RANDOM}
 DEFAULT_THRESHOLD = 0.9
 
@@ -62,12 +63,12 @@ class GenerationConfig:
             _check_number("threshold", self.threshold, "above 0 and at most 1", 0, 1)
         if self.factor is not None:
             _check_number("factor", self.factor, "above 0", 0, math.inf)
-        rules = [name for name in ("steps", "threshold", "factor") if getattr(self, name) is not None]
+        rules = [name for name in RULES if getattr(self, name) is not None]
         if len(rules) > 1:
             given = ", ".join(f"{name}={getattr(self, name)}" for name in rules)
             raise ValueError(f"{given}: takes only one of steps, threshold and factor")
         if self.temperature != 0:
-            _check_number("temperature", self.temperature, "0 or more", 0, math.inf)
+            _check_number("temperature", self.temperature, "from 1e-6, or 0", 0.999e-6, math.inf)
         if self.cache not in CACHES:
             raise ValueError(f"cache={self.cache!r}; takes one of {', '.join(CACHES)}")
         if self.remasking not in REMASKING:
@@ -98,9 +99,8 @@ class GenerationConfig:
             return cls(**arguments)
         if not isinstance(config, GenerationConfig):
             raise TypeError(f"config={type(config).__name__}; takes a fastdllm_ext.GenerationConfig")
-        rules = ("steps", "threshold", "factor")
-        if any(arguments.get(rule) is not None for rule in rules):
-            config = dataclasses.replace(config, **dict.fromkeys(rules))
+        if any(arguments.get(rule) is not None for rule in RULES):
+            config = dataclasses.replace(config, steps=None, threshold=None, factor=None)
         return dataclasses.replace(config, **arguments)
 
     @property

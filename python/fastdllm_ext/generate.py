@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from fastdllm_ext.decoding import (
     Streamer,
     Timings,
 )
-from fastdllm_ext.ops import Row, Rule
+from fastdllm_ext.ops import Row
 from fastdllm_ext.patching.registry import (
     Attention,
     Family,
@@ -138,7 +138,9 @@ class Decoder:
         self.eos_ids = torch.tensor(
             self.geometry.eos_ids if config.stop_on_eos else (), dtype=torch.int64, device=device
         )
-        self.knobs = torch.tensor([[config.value, config.temperature]] * count, dtype=torch.float32, device=device)
+        self.knobs = torch.tensor(
+            [[config.value, config.temperature]] * count, dtype=torch.float32, device=device
+        )
         state = torch.zeros((count, len(Row)), dtype=torch.int64)
         self.rows: list[DecodingRow] = []
         for b, sequence in enumerate(cache.add(totals)):
@@ -176,7 +178,9 @@ class Decoder:
             counts = [0] * len(self.rows)
             for row in active:
                 counts[row.index] = row.masks_left
-            cu_rows = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=logits.device)
+            cu_rows = torch.tensor(
+                [0, *itertools.accumulate(counts)], dtype=torch.int32, device=logits.device
+            )
             ops.unmask(
                 logits,
                 cu_rows,
@@ -354,7 +358,7 @@ def generate(
     family = patched_family(model)
     config = GenerationConfig.build(config, arguments)
     geometry = family.geometry(model)
-    embedding = model.get_input_embeddings().weight
+    embedding: Tensor = cast(Any, model).get_input_embeddings().weight
     _check_model(model)
     prompts = _prompts(input_ids, attention_mask, geometry, family, embedding.device)
     gen_lengths = _per_row("gen_length", config.gen_length, len(prompts))
@@ -365,7 +369,9 @@ def generate(
                 f"model's {geometry.max_positions} positions"
             )
     if config.top_p is not None or config.top_k is not None:
-        raise ValueError(f"top_p={config.top_p}, top_k={config.top_k}: {family.name} takes neither; use temperature")
+        raise ValueError(
+            f"top_p={config.top_p}, top_k={config.top_k}: {family.name} takes neither; use temperature"
+        )
     if streamer is not None and not hasattr(streamer, "on_commit") and len(prompts) > 1:
         raise ValueError(f"streamer: takes one row, got {len(prompts)}; one with on_commit takes any number")
     if not geometry.eos_ids:
@@ -477,14 +483,20 @@ def _prompts(
     """The rows' prompts without padding, checked: 1-D int64 on the model's device."""
     if isinstance(input_ids, Tensor):
         if input_ids.dim() != 2:
-            raise ValueError(f"input_ids has shape {list(input_ids.shape)}; takes [B, P] or a list of 1-D tensors")
+            raise ValueError(
+                f"input_ids has shape {list(input_ids.shape)}; takes [B, P] or a list of 1-D tensors"
+            )
         prompts = list(input_ids)
     elif isinstance(input_ids, (list, tuple)):
         if attention_mask is not None:
-            raise ValueError("attention_mask: takes input_ids of shape [B, P]; a list of prompts has no padding")
+            raise ValueError(
+                "attention_mask: takes input_ids of shape [B, P]; a list of prompts has no padding"
+            )
         prompts = list(input_ids)
     else:
-        raise TypeError(f"input_ids={type(input_ids).__name__}; takes a [B, P] tensor or a list of 1-D tensors")
+        raise TypeError(
+            f"input_ids={type(input_ids).__name__}; takes a [B, P] tensor or a list of 1-D tensors"
+        )
     if not prompts:
         raise ValueError("input_ids holds no row; takes one or more")
     for b, prompt in enumerate(prompts):
@@ -527,7 +539,9 @@ def _without_padding(prompts: list[Tensor], attention_mask: Tensor, shape: torch
             raise ValueError(f"attention_mask[{b}] holds other values than 0 and 1")
         where = mask.nonzero().squeeze(1)
         if len(where) and int(where[-1] - where[0]) + 1 != len(where):
-            raise ValueError(f"attention_mask[{b}] has zeros inside the prompt; takes padding at its ends only")
+            raise ValueError(
+                f"attention_mask[{b}] has zeros inside the prompt; takes padding at its ends only"
+            )
         kept.append(prompt[where])
     return kept
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from fastdllm_ext.compat import dtype_argument
 from fastdllm_ext.models import LLaDAModelLM
@@ -58,11 +58,15 @@ def load(
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, info = known.from_pretrained(where, output_loading_info=True, **dtype_argument(dtype))
+    loaded: Any = known.from_pretrained(where, output_loading_info=True, **dtype_argument(dtype))
+    model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
-            raise ValueError(f"{where}: {kind.replace('_', ' ')} in its weights: {sorted(map(str, info[kind]))[:5]}")
-    return patch(model.to(device).eval()), _tokenizer(where)  # type: ignore[return-value]
+            raise ValueError(
+                f"{where}: {kind.replace('_', ' ')} in its weights: {sorted(map(str, info[kind]))[:5]}"
+            )
+    patch(model.to(device).eval())
+    return model, _tokenizer(where)
 
 
 def _tokenizer(where: str) -> PreTrainedTokenizerBase | None:

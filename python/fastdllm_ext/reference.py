@@ -65,7 +65,9 @@ def paged_attention(
             continue
         pages = block_table[b, : -(-length // k_pages.shape[2])].long()
 
-        def row(x: Tensor, pages: Tensor = pages, length: int = length) -> Tensor:  # [heads, length, head_dim]
+        def row(
+            x: Tensor, pages: Tensor = pages, length: int = length
+        ) -> Tensor:  # [heads, length, head_dim]
             keys = x[pages].transpose(1, 2).flatten(0, 1)[:length].transpose(0, 1)
             return keys.to(compute).repeat_interleave(group, dim=0)
 

@@ -11,7 +11,7 @@ A LLaDA block is a Llama block without a causal mask:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ class LLaDAConfig(PretrainedConfig):
     """
 
     model_type = "llada"
-    attribute_map = {
+    attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
         "num_attention_heads": "n_heads",
@@ -85,7 +85,9 @@ class LLaDAConfig(PretrainedConfig):
         for key, value in _REQUIRED.items():
             found = kwargs.setdefault(key, value)
             if found != value and not (key == "bias_for_layer_norm" and found is None):
-                raise ValueError(f"LLaDAConfig: {key}={found!r} is not a LLaDA model; supported: {key}={value!r}")
+                raise ValueError(
+                    f"LLaDAConfig: {key}={found!r} is not a LLaDA model; supported: {key}={value!r}"
+                )
         self.d_model = d_model
         self.n_layers = n_layers
         self.n_heads = n_heads
@@ -109,10 +111,13 @@ class LLaDAConfig(PretrainedConfig):
                 f"n_kv_heads={self.n_kv_heads}"
             )
         kwargs["tie_word_embeddings"] = weight_tying
-        super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+        super().__init__(  # type: ignore[call-arg]
+            bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs
+        )
 
     @property
     def head_dim(self) -> int:
+        """Dimensions of an attention head."""
         return self.d_model // self.n_heads
 
 
@@ -137,6 +142,8 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 class LLaDABlock(nn.Module):
+    """One layer; the formula stands at the top of this file."""
+
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
         self.config = config
@@ -168,7 +175,9 @@ class LLaDABlock(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias)
         return self.attn_out(out.transpose(1, 2).reshape(batch, length, width)), None
 
-    def forward(self, x: torch.Tensor, attention_bias: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, x: torch.Tensor, attention_bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, None]:
         n = self.attn_norm(x)
         out, cache = self.attention(self.q_proj(n), self.k_proj(n), self.v_proj(n), attention_bias)
         x = x + out
@@ -177,10 +186,14 @@ class LLaDABlock(nn.Module):
 
 
 class LLaDAModel(nn.Module):
+    """Embedding, blocks, final norm and head, under the official checkpoints' names."""
+
+    transformer: Any
+
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
         self.config = config
-        layers = {
+        layers: dict[str, nn.Module] = {
             "wte": nn.Embedding(config.embedding_size, config.d_model),
             "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
             "ln_f": LLaDARMSNorm(config.d_model, config.rms_norm_eps),
@@ -208,10 +221,8 @@ class LLaDAModel(nn.Module):
                 states.append(x)
             x, _ = block(x, attention_bias)
         x = self.transformer["ln_f"](x)
-        if self.config.weight_tying:
-            logits = F.linear(x, self.transformer["wte"].weight)
-        else:
-            logits = self.transformer["ff_out"](x)
+        tied = self.config.weight_tying
+        logits = F.linear(x, self.transformer["wte"].weight) if tied else self.transformer["ff_out"](x)
         return logits, (*states, x) if output_hidden_states else None
 
 
@@ -220,7 +231,7 @@ class LLaDAModelLM(PreTrainedModel):
 
     config_class = LLaDAConfig
     base_model_prefix = "model"
-    _no_split_modules = ["LLaDABlock"]
+    _no_split_modules = ["LLaDABlock"]  # noqa: RUF012
     _supports_sdpa = True
 
     def __init__(self, config: LLaDAConfig) -> None:
@@ -228,24 +239,29 @@ class LLaDAModelLM(PreTrainedModel):
         self.model = LLaDAModel(config)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.init_std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            bias: Any = getattr(module, "bias", None)
+            if bias is not None:
+                nn.init.zeros_(bias)
         elif isinstance(module, LLaDARMSNorm):
             nn.init.ones_(module.weight)
 
     def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
         return self.model.transformer["wte"]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embedding."""
         self.model.transformer["wte"] = value
 
     def get_output_embeddings(self) -> nn.Module:
+        """The head; the token embedding where the two are tied."""
         return self.model.transformer["wte" if self.config.weight_tying else "ff_out"]
 
     def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the head."""
         self.model.transformer["wte" if self.config.weight_tying else "ff_out"] = value
 
     def forward(
@@ -272,7 +288,9 @@ class LLaDAModelLM(PreTrainedModel):
             raise ValueError(f"LLaDAModelLM.forward: {', '.join(given)} not supported")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("LLaDAModelLM.forward: give either input_ids or inputs_embeds")
-        logits, states = self.model(input_ids, inputs_embeds, attention_mask, attention_bias, output_hidden_states)
+        logits, states = self.model(
+            input_ids, inputs_embeds, attention_mask, attention_bias, output_hidden_states
+        )
         if return_dict is False:
             return (logits,) if states is None else (logits, states)
         return CausalLMOutputWithPast(logits=logits, hidden_states=states)

@@ -36,9 +36,9 @@ class LLaDA(Family):
     name = "llada"
     checkpoints = ("GSAI-ML/LLaDA-8B-Base", "GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-1.5")
 
-    def recognises(self, model: nn.Module) -> bool:
+    def recognises(self, model: Any) -> bool:
         """Has the module names of LLaDA's Llama blocks (LLaDA-MoE calls itself "llada" too)."""
-        transformer: Any = getattr(getattr(model, "model", None), "transformer", None)
+        transformer = getattr(getattr(model, "model", None), "transformer", None)
         if transformer is None or not hasattr(transformer, "blocks"):
             return False
         return all(
@@ -46,9 +46,9 @@ class LLaDA(Family):
             for block in transformer.blocks
         )
 
-    def geometry(self, model: nn.Module) -> Geometry:
+    def geometry(self, model: Any) -> Geometry:
         """Sizes and token ids from the model's configuration."""
-        c: Any = model.config
+        c = model.config
         for key, value in _REQUIRED.items():
             found = getattr(c, key, value)
             if found is not None and getattr(found, "value", found) != value:
@@ -68,11 +68,11 @@ class LLaDA(Family):
             pad_id=c.pad_token_id if c.pad_token_id is not None else (eos or (0,))[0],
         )
 
-    def methods(self, model: nn.Module) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
+    def methods(self, model: Any) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
         """Each block's ``attention``."""
         return [(block, "attention", _attention) for block in model.model.transformer.blocks]
 
-    def hidden(self, model: nn.Module, input_ids: Tensor) -> Tensor:
+    def hidden(self, model: Any, input_ids: Tensor) -> Tensor:
         """Embedding, blocks and final norm, over one ragged row."""
         parts = model.model.transformer
         x = parts.wte(input_ids[None])
@@ -80,7 +80,7 @@ class LLaDA(Family):
             x, _ = block(x)
         return parts.ln_f(x)[0]
 
-    def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
+    def logits(self, model: Any, hidden: Tensor) -> Tensor:
         """The language-model head."""
         parts = model.model.transformer
         return F.linear(hidden, parts.wte.weight) if model.config.weight_tying else parts.ff_out(hidden)

@@ -72,7 +72,14 @@ class Attention:
         k_pages, v_pages = self.cache.layer(layer)
         q = ops.rope_write_kv(q, k, v, self.cos, self.sin, at.positions, at.slots, k_pages, v_pages)
         out = ops.paged_attention(
-            q, k_pages, v_pages, at.block_table, at.kv_lens, at.cu_seqlens_q, at.max_seqlen_q, g.head_dim**-0.5
+            q,
+            k_pages,
+            v_pages,
+            at.block_table,
+            at.kv_lens,
+            at.cu_seqlens_q,
+            at.max_seqlen_q,
+            g.head_dim**-0.5,
         )
         return out.flatten(-2)
 
@@ -98,6 +105,8 @@ def attending(attention: Attention) -> Iterator[None]:
 class Family(ABC):
     """One model family: how to recognise it, and how to run its parts.
 
+    ``model`` is an ``nn.Module`` with a ``config``; its other attributes are the family's business.
+
     Attributes:
         name: as ``config.model_type`` says it, in lower case.
         checkpoints: published models of the family.
@@ -111,23 +120,23 @@ class Family(ABC):
     generate_name: str = "generate"
 
     @abstractmethod
-    def recognises(self, model: nn.Module) -> bool:
+    def recognises(self, model: Any) -> bool:
         """Whether the model's modules are this family's (its ``model_type`` already is)."""
 
     @abstractmethod
-    def geometry(self, model: nn.Module) -> Geometry:
+    def geometry(self, model: Any) -> Geometry:
         """Sizes and token ids. ValueError where the configuration asks for what the family does not do."""
 
     @abstractmethod
-    def methods(self, model: nn.Module) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
+    def methods(self, model: Any) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
         """For each layer the module, the method's name, and the function to set there."""
 
     @abstractmethod
-    def hidden(self, model: nn.Module, input_ids: Tensor) -> Tensor:
+    def hidden(self, model: Any, input_ids: Tensor) -> Tensor:
         """[T] int64 -> [T, hidden] after the final norm, attending through ``running_attention``."""
 
     @abstractmethod
-    def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
+    def logits(self, model: Any, hidden: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocab]."""
 
 
@@ -166,7 +175,8 @@ def find_family(model: nn.Module) -> Family:
             return family
     supported = "; ".join(f"{name} ({', '.join(models)})" for name, models in supported_models().items())
     raise ValueError(
-        f"model={type(model).__name__} with model_type={model_type!r} is not supported. Supported: {supported}"
+        f"model={type(model).__name__} with model_type={model_type!r} is not supported. "
+        f"Supported: {supported}"
     )
 
 
