@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ CACHES = ("none", "prefix", "dual")
 RULES = ("steps", "threshold", "factor")
 REMASKING = {"low_confidence": Score.PROBABILITY, "random": Score.RANDOM}
 DEFAULT_THRESHOLD = 0.9
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass
@@ -118,6 +121,18 @@ class GenerationConfig:
         if self.factor is not None:
             return self.factor
         return DEFAULT_THRESHOLD if self.threshold is None else self.threshold
+
+
+def takes_config_fields(function: F) -> F:
+    """Shows the fields of :class:`GenerationConfig` in a signature, in place of ``**arguments``."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    fields = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in dataclasses.fields(GenerationConfig)
+    ]
+    function.__signature__ = signature.replace(parameters=own + fields)  # type: ignore[attr-defined]
+    return function
 
 
 def _check_count(name: str, value: object) -> None:

@@ -29,6 +29,7 @@ from fastdllm_ext.decoding import (
     GenerationOutput,
     Streamer,
     Timings,
+    takes_config_fields,
 )
 from fastdllm_ext.ops import Row
 from fastdllm_ext.patching.registry import (
@@ -324,6 +325,7 @@ class _Clock:
         return timings
 
 
+@takes_config_fields
 def generate(
     model: nn.Module,
     input_ids: Tensor | Sequence[Tensor],
