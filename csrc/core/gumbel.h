@@ -26,7 +26,7 @@ inline constexpr uint32_t kNoToken = 0xFFFFFFFFu;
 // No noise is above this.
 inline constexpr float kGumbelMax = 22.875f;
 
-template <class To, class From> static FASTDLLM_HD To same_bits(From x) {
+template <class To, class From> FASTDLLM_HD To same_bits(From x) {
   static_assert(sizeof(To) == sizeof(From), "as many bits");
   To r;
   __builtin_memcpy(&r, &x, sizeof r);
@@ -34,7 +34,7 @@ template <class To, class From> static FASTDLLM_HD To same_bits(From x) {
 }
 
 // a b + c, rounded twice.
-template <class Float, class C> static FASTDLLM_HD Float mul_add(Float a, Float b, C c) {
+template <class Float, class C> FASTDLLM_HD Float mul_add(Float a, Float b, C c) {
 #ifdef __CUDA_ARCH__
   return __fadd_rn(__fmul_rn(a, b), c);
 #else
@@ -42,7 +42,7 @@ template <class Float, class C> static FASTDLLM_HD Float mul_add(Float a, Float 
 #endif
 }
 
-template <class Float> static FASTDLLM_HD Float divide(Float a, Float b) {
+template <class Float> FASTDLLM_HD Float divide(Float a, Float b) {
 #ifdef __CUDA_ARCH__
   return __fdiv_rn(a, b);
 #else
@@ -51,14 +51,14 @@ template <class Float> static FASTDLLM_HD Float divide(Float a, Float b) {
 }
 
 // (0, 1) from a Philox word that was converted to float, to nearest.
-template <class Float> static FASTDLLM_HD Float uniform(Float word) {
+template <class Float> FASTDLLM_HD Float uniform(Float word) {
   const Float u = (word + 0.5f) * 0x1p-32f, below_one = Float{} + 0x1.fffffep-1f;
   return u < below_one ? u : below_one;
 }
 
 // log x for 2^-60 < x < 2^60, to one ulp. x = 2^e m with m in [sqrt(1/2), sqrt(2)), and
 // log m = f - f^2 / 2 + f^3 P(f) with f = m - 1; P is minimax in the relative error of log m.
-template <class Word, class Float> static FASTDLLM_HD Float natural_log(Float x) {
+template <class Word, class Float> FASTDLLM_HD Float natural_log(Float x) {
   constexpr uint32_t kBias = 64u << 23;
   const Word b = same_bits<Word>(x);
   const Word biased = (b - (0x3f3504f3u - kBias)) >> 23; // e + 64
@@ -78,7 +78,7 @@ template <class Word, class Float> static FASTDLLM_HD Float natural_log(Float x)
 
 // Standard Gumbel noise from a Philox word that was converted to float, to nearest. w = 1 - u is rounded, and
 // (1 - w) - u is what it lost: log(1 - u) = log(w) + ((1 - w) - u) / w, exact to second order.
-template <class Word, class Float> static FASTDLLM_HD Float gumbel(Float word) {
+template <class Word, class Float> FASTDLLM_HD Float gumbel(Float word) {
   const Float u = uniform(word);
   const Float w = 1.0f - u;
   const Float exponential = natural_log<Word>(w) + divide((1.0f - w) - u, w);
@@ -86,7 +86,7 @@ template <class Word, class Float> static FASTDLLM_HD Float gumbel(Float word) {
 }
 
 // What the candidate of a row with T > 0 maximises. |logit| / T must not overflow.
-template <class Float> static FASTDLLM_HD Float noisy_logit(Float logit, Float temperature, Float noise) {
+template <class Float> FASTDLLM_HD Float noisy_logit(Float logit, Float temperature, Float noise) {
   return divide(logit, temperature) + noise;
 }
 

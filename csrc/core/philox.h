@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#define FASTDLLM_HD __host__ __device__ __forceinline__
+#define FASTDLLM_HD static __host__ __device__ __forceinline__
 #else
 #define FASTDLLM_HD static inline
 #endif

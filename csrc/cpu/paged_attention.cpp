@@ -16,7 +16,7 @@
 //
 // Element formats: float32 reads K and V from the pages; bfloat16 is widened to float32 a block at a time,
 // or, where there is vdpbf16ps, is multiplied in pairs: K as it lies (pairs of dims), V with two keys
-// interleaved.
+// interleaved. With a tile unit it has an inner loop of its own, paged_attention_amx.h.
 //
 // Assumes: head_dim a multiple of 8 up to 256; page_size 16, 32 or 64; block_table entries valid for the
 // first ceil(kv_len / page_size) pages. Slots past kv_len are read as keys (the scores are dropped) and never
@@ -32,34 +32,57 @@ namespace {
 constexpr int kBlockKeys = 64;
 constexpr int kMaxPages = kBlockKeys / 16; // of a block
 constexpr int kStripRows = 2 * kLanes;
-constexpr int kStrips = kAttentionTileRows / kStripRows;
 static_assert(kAttentionTileRows % kStripRows == 0);
 
 // Accumulators of the inner product: kUnits keys or dims x 2 vectors of rows. AVX-512 has 32 registers.
 constexpr int kUnits = kLanes == 16 ? 8 : 4;
 
-// An inner product goes over words of 32 bits, each kDepth elements.
+// An inner product goes over words of 32 bits, each kDepth elements. pack() makes words of a row of q or of
+// rows of K, pack_values() of rows of V, whose words lie across keys.
 struct Float32 {
   using Element = float;
   static constexpr int kDepth = 1, kExpDegree = 5;
-  static constexpr bool kCopyK = false, kCopyV = false;
+  static constexpr bool kPackK = false, kPackV = false;
   static F32 dot(F32 sum, U32 a, U32 b) { return fma((F32)a, (F32)b, sum); }
+  static U32 to_word(F32 p, F32) { return (U32)p; }
+  static void pack(const float* from, Word* to, int64_t n) { __builtin_memcpy(to, from, n * sizeof(float)); }
 };
 
-struct WideBFloat16 {
-  using Element = BFloat16;
-  static constexpr int kDepth = 1, kExpDegree = 3;
-  static constexpr bool kCopyK = true, kCopyV = true;
-  static F32 dot(F32 sum, U32 a, U32 b) { return fma((F32)a, (F32)b, sum); }
-};
-
-#if defined(__AVX512BF16__)
-struct PairedBFloat16 {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+struct NarrowFloat {
   using Element = BFloat16;
   static constexpr int kDepth = 2, kExpDegree = 3;
-  static constexpr bool kCopyK = false, kCopyV = true;
+  static constexpr bool kPackK = false, kPackV = true;
   static F32 dot(F32 sum, U32 a, U32 b) {
     return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  static U32 to_word(F32 even, F32 odd) { return round_to_bf16(even) | round_to_bf16(odd) << 16; }
+  static void pack(const BFloat16* from, Word* to, int64_t n) {
+    __builtin_memcpy(to, from, n * sizeof(BFloat16));
+  }
+  static void pack_values(const BFloat16* from, Word* to, int64_t keys, int64_t head_dim) {
+    for (; keys >= 2; keys -= 2, from += 2 * head_dim, to += head_dim)
+      for (int64_t d = 0; d < head_dim; ++d)
+        to[d] = (uint32_t)from[d].bits | (uint32_t)from[head_dim + d].bits << 16;
+    if (keys == 1)
+      for (int64_t d = 0; d < head_dim; ++d)
+        to[d] = from[d].bits;
+  }
+};
+#else
+// Widened to float32. On CPUs with a tile unit vdpbf16ps does half the multiply-adds a second of float32 fma.
+struct NarrowFloat {
+  using Element = BFloat16;
+  static constexpr int kDepth = 1, kExpDegree = 3;
+  static constexpr bool kPackK = true, kPackV = true;
+  static F32 dot(F32 sum, U32 a, U32 b) { return fma((F32)a, (F32)b, sum); }
+  static U32 to_word(F32 p, F32) { return (U32)p; }
+  static void pack(const BFloat16* from, Word* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i)
+      to[i] = (uint32_t)from[i].bits << 16;
+  }
+  static void pack_values(const BFloat16* from, Word* to, int64_t keys, int64_t head_dim) {
+    pack(from, to, keys * head_dim);
   }
 };
 #endif
@@ -108,8 +131,8 @@ struct Scratch {
   Word* q;        // [strip][word of head_dim][row]
   float* o;       // [strip][dim][row]
   Word* s;        // [key][row]: scores as float32, then probabilities as words
-  Word* k;        // [key][dim], where the format copies K
-  Word* v;        // [key / kDepth][dim], where the format copies V
+  Word* k;        // [key][dim], where the format packs K
+  Word* v;        // [key / kDepth][dim], where the format packs V
   float* row;     // [dim]
   float* maximum; // [strip][row]
   float* total;   // [strip][row]
@@ -137,34 +160,10 @@ inline Scratch carve(int64_t head_dim) {
   return r;
 }
 
-// n elements as float32 words.
-inline void widen(const float* from, Word* to, int64_t n) { __builtin_memcpy(to, from, n * sizeof(float)); }
-inline void widen(const BFloat16* from, Word* to, int64_t n) {
-  for (int64_t i = 0; i < n; i += 8) // n is a multiple of 8, kLanes may be 16
-    for (int64_t j = 0; j < 8; ++j)
-      to[i + j] = (Word)from[i + j].bits << 16;
-}
-
-// Two rows of n elements interleaved.
-inline void interleave(const BFloat16* even, const BFloat16* odd, Word* to, int64_t n) {
-  for (int64_t i = 0; i < n; i += 8)
-    for (int64_t j = 0; j < 8; ++j)
-      to[i + j] = (Word)even[i + j].bits | (Word)odd[i + j].bits << 16;
-}
-
-// Probabilities of kDepth keys as one word.
-template <class Format> inline U32 to_word(F32 even, F32 odd) {
-  if constexpr (Format::kDepth == 1)
-    return (U32)even;
-  else
-    return round_to_bf16(even) | round_to_bf16(odd) << 16;
-}
-
 // One strip against one block of n keys: S, softmax, O.
 template <class Format, int kN, bool kAhead>
-inline void attend_strip(const Block<typename Format::Element>& block,
-                         const Block<typename Format::Element>& next, const Scratch& w, int strip, int64_t n,
-                         int64_t head_dim, int64_t page_size, float factor) {
+void attend_strip(const Block<typename Format::Element>& block, const Block<typename Format::Element>& next,
+                  const Scratch& w, int strip, int64_t n, int64_t head_dim, int64_t page_size, float factor) {
   using Element = typename Format::Element;
   constexpr int kDepth = Format::kDepth;
   constexpr int64_t kRows = kN * kLanes;
@@ -177,7 +176,7 @@ inline void attend_strip(const Block<typename Format::Element>& block,
   for (int64_t j = 0; j < n; j += kUnits) {
     const int64_t page = j / page_size, slot = j % page_size;
     const Word* k;
-    if constexpr (Format::kCopyK)
+    if constexpr (Format::kPackK)
       k = w.k + j * words;
     else
       k = (const Word*)(block.k[page] + slot * head_dim);
@@ -207,19 +206,16 @@ inline void attend_strip(const Block<typename Format::Element>& block,
     const auto probability = [&](int64_t j) {
       return exp2<Format::kExpDegree>((F32)load_words(column + j * kRows) - m);
     };
-    if constexpr (kDepth == 1) {
-      for (int64_t j = 0; j < n; ++j) {
-        const F32 x = probability(j);
-        sum += x;
-        store_words(column + j * kRows, (U32)x);
+    for (int64_t j = 0; j < n; j += kDepth) { // word j / kDepth replaces a row that has been read
+      const F32 x = probability(j);
+      F32 y{};
+      sum += x;
+      if constexpr (kDepth == 2) {
+        if (j + 1 < n)
+          y = probability(j + 1);
+        sum += y;
       }
-    } else { // word j / 2 replaces a row that has been read
-      for (int64_t j = 0; j < n; j += 2) {
-        const F32 x = probability(j);
-        const F32 y = j + 1 < n ? probability(j + 1) : F32{};
-        sum += x + y;
-        store_words(column + j / 2 * kRows, to_word<Format>(x, y));
-      }
+      store_words(column + j / kDepth * kRows, Format::to_word(x, y));
     }
     store(total, sum);
   }
@@ -232,7 +228,7 @@ inline void attend_strip(const Block<typename Format::Element>& block,
     });
     for (int64_t page = 0, j = 0; j < n; ++page, j += page_size) {
       const Word* v;
-      if constexpr (Format::kCopyV)
+      if constexpr (Format::kPackV)
         v = w.v + j / kDepth * head_dim;
       else
         v = (const Word*)block.v[page];
@@ -246,130 +242,118 @@ inline void attend_strip(const Block<typename Format::Element>& block,
   }
 }
 
-template <class Format> void attend(const PagedAttentionParams& p, const Item& t) {
+inline int strip_count(const Item& t) { return (int)((t.rows + kStripRows - 1) / kStripRows); }
+inline int strip_vectors(const Item& t, int strip) { return t.rows - strip * kStripRows > kLanes ? 2 : 1; }
+
+// Packs the rows of q, zeros in lanes without one, and clears the sums.
+template <class Format> void begin_item(const PagedAttentionParams& p, const Item& t, const Scratch& w) {
   using Element = typename Format::Element;
-  constexpr int kDepth = Format::kDepth;
-  const int64_t head_dim = p.head_dim, page_size = p.page_size, rows = t.rows, keys = t.keys;
-  const Scratch w = carve(head_dim);
-  const int64_t words = head_dim / kDepth;
-  const int strips = (int)((rows + kStripRows - 1) / kStripRows);
-  const auto vectors = [&](int strip) { return rows - strip * kStripRows > kLanes ? 2 : 1; };
-  for (int strip = 0; strip < strips; ++strip) {
-    const int64_t width = vectors(strip) * kLanes;
-    Word* q = w.q + strip * kStripRows * words;
+  const int64_t head_dim = p.head_dim, words = head_dim / Format::kDepth;
+  for (int strip = 0; strip < strip_count(t); ++strip) {
+    const int64_t first = strip * kStripRows, width = strip_vectors(t, strip) * kLanes;
     for (int64_t r = 0; r < width; ++r) {
-      const int64_t row = strip * kStripRows + r;
-      Word* line = (Word*)w.row;
-      if (row >= rows)
-        __builtin_memset(line, 0, words * sizeof(Word));
-      else if constexpr (kDepth == 1)
-        widen(static_cast<const Element*>(p.q) + row_offset(p, t, row), line, head_dim);
+      Word* row = (Word*)w.row;
+      if (first + r < t.rows)
+        Format::pack(static_cast<const Element*>(p.q) + row_offset(p, t, first + r), row, head_dim);
       else
-        __builtin_memcpy(line, static_cast<const Element*>(p.q) + row_offset(p, t, row),
-                         head_dim * sizeof(Element));
-      for (int64_t d = 0; d < words; ++d)
-        q[d * width + r] = line[d];
+        __builtin_memset(row, 0, words * sizeof(Word));
+      for (int64_t i = 0; i < words; ++i)
+        w.q[first * words + i * width + r] = row[i];
+      w.maximum[first + r] = kMinusInfinity;
+      w.total[first + r] = 0;
     }
-    __builtin_memset(w.o + strip * kStripRows * head_dim, 0, width * head_dim * sizeof(float));
-    for (int64_t r = 0; r < width; ++r) {
-      w.maximum[strip * kStripRows + r] = kMinusInfinity;
-      w.total[strip * kStripRows + r] = 0;
-    }
-  }
-
-  const auto block_at = [&](int64_t key, int64_t head) {
-    Block<Element> block;
-    for (int64_t i = 0; i < kMaxPages; ++i) { // past the last page: a page again, to prefetch from
-      const int64_t at = key_offset(p, t, head, key + i * page_size < keys ? key + i * page_size : key);
-      block.k[i] = static_cast<const Element*>(p.k_pages) + at;
-      block.v[i] = static_cast<const Element*>(p.v_pages) + at;
-    }
-    return block;
-  };
-
-  const float factor = p.scale * kLog2e; // scores in units of log2
-  Block<Element> block = block_at(0, t.kv_head);
-  for (int64_t key = 0; key < keys; key += kBlockKeys) {
-    const int64_t n = min(kBlockKeys, keys - key);
-    const bool last = key + kBlockKeys >= keys;
-    // After the last block comes, as a rule, the next head.
-    const Block<Element> next =
-        last ? block_at(0, min(t.kv_head + 1, p.kv_heads - 1)) : block_at(key + kBlockKeys, t.kv_head);
-    for (int64_t j = 0; j < n; j += page_size) {
-      const int64_t page = j / page_size, valid = min(n - j, page_size);
-      if constexpr (Format::kCopyK)
-        widen(block.k[page], w.k + j * head_dim, round_up(valid, kUnits) * head_dim);
-      if constexpr (Format::kCopyV && kDepth == 1)
-        widen(block.v[page], w.v + j * head_dim, valid * head_dim);
-      if constexpr (Format::kCopyV && kDepth == 2)
-        for (int64_t i = 0; i < valid; i += 2) {
-          const BFloat16* even = block.v[page] + i * head_dim;
-          Word* to = w.v + (j + i) / 2 * head_dim;
-          if (i + 1 < valid)
-            interleave(even, even + head_dim, to, head_dim);
-          else
-            for (int64_t d = 0; d < head_dim; ++d)
-              to[d] = even[d].bits;
-        }
-    }
-    for (int strip = 0; strip < strips; ++strip) {
-      if (vectors(strip) == 1 && strip == 0)
-        attend_strip<Format, 1, true>(block, next, w, strip, n, head_dim, page_size, factor);
-      else if (vectors(strip) == 1)
-        attend_strip<Format, 1, false>(block, next, w, strip, n, head_dim, page_size, factor);
-      else if (strip == 0)
-        attend_strip<Format, 2, true>(block, next, w, strip, n, head_dim, page_size, factor);
-      else
-        attend_strip<Format, 2, false>(block, next, w, strip, n, head_dim, page_size, factor);
-    }
-    block = next;
-  }
-
-  for (int64_t r = 0; r < rows; ++r) {
-    const int strip = (int)(r / kStripRows);
-    const int64_t width = vectors(strip) * kLanes, lane = r % kStripRows;
-    const float* o = w.o + strip * kStripRows * head_dim + lane;
-    const float inverse = 1.0f / w.total[r];
-    for (int64_t d = 0; d < head_dim; ++d)
-      w.row[d] = o[d * width] * inverse;
-    Element* to = static_cast<Element*>(p.out) + row_offset(p, t, r);
-    int64_t d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes)
-      store(to + d, load(w.row + d));
-    if (d < head_dim)
-      store_first(to + d, head_dim - d, load_first(w.row + d, head_dim - d));
+    __builtin_memset(w.o + first * head_dim, 0, width * head_dim * sizeof(float));
   }
 }
 
-void attend_any(const PagedAttentionParams& p, const Item& t) {
-  if (p.dtype == Dtype::kFloat32)
-    return attend<Float32>(p, t);
-#if defined(__AMX_BF16__)
-  if (p.head_dim % 32 == 0)
-    return amx::attend(p, t);
-  attend<WideBFloat16>(p, t); // CPUs that have tiles run vdpbf16ps at half the rate of a float32 fma
-#elif defined(__AVX512BF16__)
-  attend<PairedBFloat16>(p, t);
-#else
-  attend<WideBFloat16>(p, t);
-#endif
+// out = O / l
+template <class Format> void end_item(const PagedAttentionParams& p, const Item& t, const Scratch& w) {
+  using Element = typename Format::Element;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const int strip = (int)(r / kStripRows);
+    const int64_t first = strip * kStripRows, width = strip_vectors(t, strip) * kLanes;
+    const float* o = w.o + first * p.head_dim + (r - first);
+    const float inverse = 1.0f / w.total[r];
+    for (int64_t d = 0; d < p.head_dim; ++d)
+      w.row[d] = o[d * width] * inverse;
+    Element* out = static_cast<Element*>(p.out) + row_offset(p, t, r);
+    int64_t d = 0;
+    for (; d + kLanes <= p.head_dim; d += kLanes)
+      store(out + d, load(w.row + d));
+    if (d < p.head_dim)
+      store_first(out + d, p.head_dim - d, load_first(w.row + d, p.head_dim - d));
+  }
+}
+
+template <class Element>
+Block<Element> block_at(const PagedAttentionParams& p, const Item& t, int64_t head, int64_t key) {
+  Block<Element> block;
+  for (int64_t i = 0; i < kMaxPages; ++i) { // past the last page: a page again, to prefetch from
+    const int64_t j = key + i * p.page_size;
+    const int64_t at = key_offset(p, t, head, j < t.keys ? j : key);
+    block.k[i] = static_cast<const Element*>(p.k_pages) + at;
+    block.v[i] = static_cast<const Element*>(p.v_pages) + at;
+  }
+  return block;
+}
+
+template <class Format> void attend(const PagedAttentionParams& p, const Item& t) {
+  using Element = typename Format::Element;
+  const int64_t head_dim = p.head_dim, page_size = p.page_size, words = head_dim / Format::kDepth;
+  const float factor = p.scale * kLog2e; // scores in units of log2
+  const Scratch w = carve(head_dim);
+  begin_item<Format>(p, t, w);
+  Block<Element> block = block_at<Element>(p, t, t.kv_head, 0);
+  for (int64_t key = 0; key < t.keys; key += kBlockKeys) {
+    const int64_t n = min(kBlockKeys, t.keys - key);
+    const bool last = key + kBlockKeys >= t.keys; // then comes, as a rule, the next head
+    const Block<Element> next = last ? block_at<Element>(p, t, min(t.kv_head + 1, p.kv_heads - 1), 0)
+                                     : block_at<Element>(p, t, t.kv_head, key + kBlockKeys);
+    for (int64_t page = 0, j = 0; j < n; ++page, j += page_size) {
+      const int64_t keys = min(n - j, page_size);
+      if constexpr (Format::kPackK)
+        Format::pack(block.k[page], w.k + j * words, round_up(keys, kUnits) * head_dim);
+      if constexpr (Format::kPackV)
+        Format::pack_values(block.v[page], w.v + j / Format::kDepth * head_dim, keys, head_dim);
+    }
+    for (int strip = 0; strip < strip_count(t); ++strip) {
+      const bool one = strip_vectors(t, strip) == 1,
+                 first = strip == 0; // the first strip asks for the next block
+      const auto attend_one = one ? (first ? attend_strip<Format, 1, true> : attend_strip<Format, 1, false>)
+                                  : (first ? attend_strip<Format, 2, true> : attend_strip<Format, 2, false>);
+      attend_one(block, next, w, strip, n, head_dim, page_size, factor);
+    }
+    block = next;
+  }
+  end_item<Format>(p, t, w);
+}
+
+using Attend = void (*)(const PagedAttentionParams&, const Item&);
+
+void run(const PagedAttentionParams& p, int64_t begin, int64_t end, Attend attend_item) {
+  const int64_t element = p.dtype == Dtype::kFloat32 ? sizeof(float) : sizeof(BFloat16);
+  for (int64_t i = begin; i < end; ++i) {
+    const Item t = item_at(p, i);
+    if (t.rows > 0 && t.keys > 0)
+      attend_item(p, t);
+    else
+      for (int64_t r = 0; r < t.rows; ++r)
+        __builtin_memset(static_cast<char*>(p.out) + row_offset(p, t, r) * element, 0, p.head_dim * element);
+  }
 }
 
 } // namespace
 
 void paged_attention(const PagedAttentionParams& p, int64_t begin, int64_t end) {
+  if (p.dtype == Dtype::kFloat32)
+    return run(p, begin, end, attend<Float32>);
 #if defined(__AMX_BF16__)
-  const amx::Tiles tiles;
-#endif
-  const int64_t element = p.dtype == Dtype::kFloat32 ? sizeof(float) : sizeof(BFloat16);
-  for (int64_t i = begin; i < end; ++i) {
-    const Item t = item_at(p, i);
-    if (t.rows > 0 && t.keys > 0)
-      attend_any(p, t);
-    else
-      for (int64_t r = 0; r < t.rows; ++r)
-        __builtin_memset(static_cast<char*>(p.out) + row_offset(p, t, r) * element, 0, p.head_dim * element);
+  if (p.head_dim % amx::kHeadDimMultiple == 0) {
+    const amx::Tiles tiles;
+    return run(p, begin, end, amx::attend);
   }
+#endif
+  run(p, begin, end, attend<NarrowFloat>);
 }
 
 } // namespace fastdllm::cpu::FASTDLLM_ISA

@@ -1,5 +1,5 @@
 // The bfloat16 inner loop of paged_attention on the tile unit: C[16][16] += A[16][32] B[32][16] an
-// instruction, B as 16 rows of 16 pairs. head_dim must be a multiple of 32.
+// instruction, B as 16 rows of 16 pairs. head_dim must be a multiple of kHeadDimMultiple.
 //
 //   S^T [key][row]   = K   (A: as it lies in its page)  Q^T (B: packed once an item into [word][16 rows])
 //   O   [row][dim]  += P   (A)                          V   (B: two keys interleaved, a block at a time)
@@ -15,6 +15,7 @@ namespace fastdllm::cpu::FASTDLLM_ISA {
 namespace {
 namespace amx {
 
+constexpr int kHeadDimMultiple = 32;
 constexpr int kBlockKeys = 256;
 constexpr int kTile = 16;     // rows of every tile; a row is 64 bytes
 constexpr int kTileKeys = 32; // keys that a multiplication with V sums over

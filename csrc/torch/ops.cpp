@@ -8,6 +8,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
@@ -169,9 +170,13 @@ void launch_cuda(const char* op, const char* (*launcher)(const Params&, void*), 
   check(error == nullptr, op, ": ", error ? error : "", " (first argument ", shape_text(on), ")");
 }
 
+// Splits the work list over torch's threads. `nanoseconds` is a rough estimate for one item on one core: a
+// thread is woken only for work that takes longer than waking it.
 template <class Params>
 void run_cpu(void (*kernel)(const Params&, int64_t, int64_t), const Params& params, int64_t items,
-             int64_t grain) {
+             double nanoseconds) {
+  constexpr double kWorthAThread = 10e3;
+  const auto grain = static_cast<int64_t>(kWorthAThread / std::max(nanoseconds, 1.0)) + 1;
   torch::stable::parallel_for(0, items, grain,
                               [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
@@ -231,7 +236,8 @@ Tensor rope_write_kv(const Tensor q, const Tensor k, const Tensor v, const Tenso
   } else {
     check_range(op, "positions", params.positions, tokens, 0, cos.size(0));
     check_range(op, "slots", params.slots, tokens, INT64_MIN, k_pages.size(0) * k_pages.size(2));
-    run_cpu(fastdllm::cpu::kernels().rope_write_kv, params, fastdllm::cpu::rope_write_kv_items(params), 16);
+    run_cpu(fastdllm::cpu::kernels().rope_write_kv, params, fastdllm::cpu::rope_write_kv_items(params),
+            0.3 * head_dim * (q.size(1) + 2 * k.size(1)));
   }
   return out;
 }
@@ -279,6 +285,7 @@ Tensor paged_attention(const Tensor q, const Tensor k_pages, const Tensor v_page
     return out;
   }
   check_offsets(op, "cu_seqlens_q", params.cu_seqlens_q, sequences, q.size(0));
+  double pairs = 0; // of a query and a key
   for (int64_t b = 0; b < sequences; ++b) {
     const int64_t queries = params.cu_seqlens_q[b + 1] - params.cu_seqlens_q[b];
     check(queries <= max_seqlen_q, op, ": max_seqlen_q ", max_seqlen_q, ", but sequence ", b, " has ",
@@ -286,13 +293,16 @@ Tensor paged_attention(const Tensor q, const Tensor k_pages, const Tensor v_page
     const int64_t kv_len = params.kv_lens[b];
     check(kv_len >= 0 && kv_len <= params.max_blocks * page_size, op, ": kv_lens[", b, "] is ", kv_len,
           "; takes 0 to ", params.max_blocks * page_size, ", what block_table has room for");
+    pairs += static_cast<double>(queries) * kv_len;
     for (int64_t i = 0; i * page_size < kv_len; ++i) {
       const int64_t page = params.block_table[b * params.max_blocks + i];
       check(page >= 0 && page < k_pages.size(0), op, ": block_table[", b, ", ", i, "] is ", page,
             "; takes 0 to ", k_pages.size(0) - 1);
     }
   }
-  run_cpu(fastdllm::cpu::kernels().paged_attention, params, fastdllm::cpu::paged_attention_items(params), 1);
+  const int64_t items = fastdllm::cpu::paged_attention_items(params);
+  run_cpu(fastdllm::cpu::kernels().paged_attention, params, items,
+          0.04 * pairs * q_heads * head_dim / std::max<int64_t>(items, 1));
   return out;
 }
 
@@ -346,8 +356,9 @@ void unmask(const Tensor logits, const Tensor cu_rows, const Tensor positions, T
     check(row.first >= 0 && row.first <= row.end && row.end <= width, op, ": rows[", b, "] has first ",
           row.first, " and end ", row.end, "; takes 0 <= first <= end <= ", width);
   }
-  run_cpu(fastdllm::cpu::kernels().score_logits, params, fastdllm::cpu::score_logits_items(params), 1);
-  run_cpu(fastdllm::cpu::commit, params, sequences, 8);
+  run_cpu(fastdllm::cpu::kernels().score_logits, params, fastdllm::cpu::score_logits_items(params),
+          0.2 * vocab);
+  run_cpu(fastdllm::cpu::commit, params, sequences, 1e3);
 }
 
 void copy_pages(Tensor pages, const Tensor src, const Tensor dst) {
@@ -374,7 +385,7 @@ void copy_pages(Tensor pages, const Tensor src, const Tensor dst) {
     for (int64_t j = 0; j < pairs; ++j)
       check((i == j || params.dst[i] != params.dst[j]) && params.dst[i] != params.src[j], op, ": dst[", i,
             "] = ", params.dst[i], " is written twice or also read");
-  run_cpu(fastdllm::cpu::copy_pages, params, pairs * outer, 1);
+  run_cpu(fastdllm::cpu::copy_pages, params, pairs * outer, 0.1 * params.page_bytes);
 }
 
 } // namespace

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdllm_ext.decoding import GenerationOutput
 from fastdllm_ext.demo_tasks import Problem, held_out
 from fastdllm_ext.env import collect_env
 from fastdllm_ext.generate import generate
@@ -131,15 +132,15 @@ def methods() -> list[Method]:
 
 
 def run(out: Path, prompts: int, seed: int) -> int:
-    """Shows a few answers as they are denoised, then measures; writes demo.json and demo.png to ``out``."""
+    """Shows a few answers as they are denoised, then measures; writes JSON and pictures to ``out``."""
     if prompts < 1:
         print(f"fastdllm-ext demo: --prompts {prompts}; takes 1 or more", file=sys.stderr)
         return 2
-    model, tokenizer = load(demo_model_path(), device="cpu")
+    loaded: tuple[Any, Any] = load(demo_model_path(), device="cpu")
+    model, tokenizer = loaded
     problems = held_out(prompts, seed)
     print(f"Demo model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, float32, CPU\n")
-    for problem in problems[:SHOWN]:
-        show(model, tokenizer, problem)
+    shown = [(problem, show(model, tokenizer, problem)) for problem in problems[:SHOWN]]
 
     table = methods()
     for method in table:  # first calls allocate and warm caches; they are not counted
@@ -174,16 +175,25 @@ def run(out: Path, prompts: int, seed: int) -> int:
     print("\n" + format_table(results, len(problems)))
     print(f"\nWrote {out / 'demo.json'}", end="")
     try:
-        from fastdllm_ext.plots import plot_demo
+        from fastdllm_ext.plots import plot_demo, plot_denoising
     except ImportError:
-        print('; no plot: matplotlib is not installed (pip install "fastdllm_ext[plot]")')
+        print('; no pictures: matplotlib is not installed (pip install "fastdllm_ext[plot]")')
         return 0
     plot_demo(facts, out / "demo.png")
-    print(f" and {out / 'demo.png'}")
+    problem, output = shown[0]
+    answer = output.answers()[0]
+    plot_denoising(
+        f"{problem.prompt}    {len(answer)} tokens in {int(output.nfe[0])} forwards",
+        [tokenizer.decode([token], skip_special_tokens=True) or "∎" for token in answer.tolist()],
+        output.step_map[0, : len(answer)].tolist(),
+        output.confidence[0, : len(answer)].tolist(),
+        out / "denoising.png",
+    )
+    print(f", {out / 'demo.png'} and {out / 'denoising.png'}")
     return 0
 
 
-def show(model: Any, tokenizer: Any, problem: Problem) -> None:
+def show(model: Any, tokenizer: Any, problem: Problem) -> GenerationOutput:
     """Prints a prompt, and its answer as it is denoised."""
     prompt = torch.tensor(tokenizer(problem.prompt)["input_ids"])
     print(f"> {problem.prompt}")
@@ -195,6 +205,7 @@ def show(model: Any, tokenizer: Any, problem: Problem) -> None:
     verdict = "right" if text == problem.answer else f"wrong, should be {problem.answer!r}"
     tokens, nfe = int(output.lengths[0] - output.prompt_lengths[0]), int(output.nfe[0])
     print(f"  {tokens} tokens in {nfe} forwards: {verdict}\n")
+    return output
 
 
 def format_table(results: list[dict[str, Any]], prompts: int) -> str:

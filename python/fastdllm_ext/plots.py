@@ -9,8 +9,52 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.patches import Rectangle
 
 COLOURS = {"none": "#8c8c8c", "prefix": "#2a7ab9", "dual": "#d95f0e"}
+
+
+def plot_denoising(
+    title: str, tokens: list[str], steps: list[int], confidence: list[float], path: Path
+) -> None:
+    """An answer as it emerges: a line a step, what the step committed coloured by confidence.
+
+    Args:
+        title: above the picture.
+        tokens: text of each position.
+        steps: the step that committed each position.
+        confidence: of each position, 0 to 1.
+        path: PNG to write.
+    """
+    signs = [token.replace("\n", "⏎") for token in tokens]
+    widths = [max(1, len(sign)) for sign in signs]
+    places = [sum(widths[:i]) for i in range(len(widths))]
+    total, order = sum(widths), sorted(set(steps))
+    figure, axis = plt.subplots(figsize=(0.105 * total + 0.9, 0.24 * len(order) + 0.75), layout="constrained")
+    shades = plt.get_cmap("RdYlGn")
+    for line, now in enumerate(order):
+        for place, width, sign, step, sure in zip(places, widths, signs, steps, confidence, strict=True):
+            if step == now:
+                axis.add_patch(Rectangle((place, line - 0.45), width, 0.9, color=shades(0.15 + 0.7 * sure)))
+            text, colour = (sign, "black") if step <= now else ("·" * width, "#bbbbbb")
+            axis.text(
+                place + width / 2, line, text, ha="center", va="center", family="monospace", fontsize=7.5,
+                color=colour,
+            )  # fmt: skip
+    axis.set(xlim=(0, total), ylim=(len(order) - 0.4, -0.6), xticks=[], ylabel="forward")
+    axis.set_yticks(range(len(order)), [str(step + 1) for step in order], fontsize=7)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_title(title, fontsize=9, loc="left")
+    bar = figure.colorbar(
+        ScalarMappable(norm=Normalize(0, 1), cmap=shades), ax=axis, fraction=0.012, pad=0.005
+    )
+    bar.set_label("confidence", fontsize=7)
+    bar.ax.tick_params(labelsize=6)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def plot_demo(facts: dict[str, Any], path: Path) -> None:

@@ -55,11 +55,12 @@ class LLaDA(Family):
                 raise ValueError(f"model: {key}={found!r} is not supported for llada; takes {value!r}")
         eos = c.eos_token_id if isinstance(c.eos_token_id, (list, tuple)) else [c.eos_token_id]
         eos = tuple(int(token) for token in eos if token is not None)
+        head_dim = c.d_model // c.n_heads
         return Geometry(
             num_layers=c.n_layers,
             num_heads=c.n_heads,
-            num_kv_heads=c.n_kv_heads or c.n_heads,
-            head_dim=c.d_model // c.n_heads,
+            num_kv_heads=model.model.transformer.blocks[0].k_proj.out_features // head_dim,
+            head_dim=head_dim,
             vocab_size=model.get_input_embeddings().weight.shape[0],
             max_positions=c.max_sequence_length,
             rope_theta=c.rope_theta,
