@@ -10,7 +10,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc third_party -type f -
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 # Runs Python on a copy of the package instead of the editable install (-S: no .pth files).
 SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-PYTHON_ON = PYTHONPATH=$(1):$(SITE) $(BIN)/python -S
+PYTHON_ON = PYTHONPATH=$(1):$(SITE) $(abspath $(BIN))/python -S
 
 .PHONY: help install demo test lint format wheel asan clean
 help:
