@@ -129,6 +129,17 @@ inline const char* launch_error() {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-inline constexpr const char* kBadDtype = "the dtype is not one of float32, float16, bfloat16";
+// f of a value of the element type; its error text.
+template <class F> const char* by_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+  case Dtype::kFloat32:
+    return f(float{});
+  case Dtype::kFloat16:
+    return f(Float16{});
+  case Dtype::kBFloat16:
+    return f(BFloat16{});
+  }
+  return "the dtype is not one of float32, float16, bfloat16";
+}
 
 } // namespace fastdllm::cuda

@@ -111,15 +111,7 @@ const char* paged_attention(const PagedAttentionParams& p, void* stream) {
   if (p.tokens == 0 || p.q_heads == 0)
     return nullptr;
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (p.dtype) {
-  case Dtype::kFloat32:
-    return launch<float>(p, on);
-  case Dtype::kFloat16:
-    return launch<Float16>(p, on);
-  case Dtype::kBFloat16:
-    return launch<BFloat16>(p, on);
-  }
-  return kBadDtype;
+  return by_dtype(p.dtype, [&](auto element) { return launch<decltype(element)>(p, on); });
 }
 
 } // namespace fastdllm::cuda

@@ -192,15 +192,7 @@ const char* unmask(const UnmaskParams& p, void* stream) {
   if (p.logit_rows == 0 || p.sequences == 0)
     return nullptr;
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (p.dtype) {
-  case Dtype::kFloat32:
-    return launch<float>(p, on);
-  case Dtype::kFloat16:
-    return launch<Float16>(p, on);
-  case Dtype::kBFloat16:
-    return launch<BFloat16>(p, on);
-  }
-  return kBadDtype;
+  return by_dtype(p.dtype, [&](auto element) { return launch<decltype(element)>(p, on); });
 }
 
 } // namespace fastdllm::cuda

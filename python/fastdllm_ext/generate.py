@@ -32,16 +32,11 @@ from fastdllm_ext.decoding import (
     takes_config_fields,
 )
 from fastdllm_ext.ops import Row
-from fastdllm_ext.patching.registry import (
-    Attention,
-    Family,
-    Geometry,
-    Layout,
-    attending,
-    patched_family,
-)
+from fastdllm_ext.patching import registry
+from fastdllm_ext.patching.family import Attention, Family, Geometry, Layout, attending
+from fastdllm_ext.patching.registry import patched_family
 
-__all__ = ["Decoder", "generate"]
+__all__ = ["Decoder", "generate", "patch"]
 
 
 @dataclass
@@ -394,6 +389,22 @@ def generate(
         return output
     finally:
         decoder.close()
+
+
+def patch(model: nn.Module) -> nn.Module:
+    """Makes a model generate fast; its own call keeps working, bit for bit. Idempotent.
+
+    Args:
+        model: a LLaDA model: ours (:func:`fastdllm_ext.load`), the Hub's remote code, or NVlabs' copy.
+
+    Returns:
+        The same model, with a method ``generate`` that takes :func:`generate`'s arguments.
+
+    Raises:
+        TypeError, ValueError: not a supported model, or a configuration that its family does not cover;
+            the message lists what is supported. The model is then as it was.
+    """
+    return registry.patch(model, generate)
 
 
 def _output(decoder: Decoder) -> GenerationOutput:

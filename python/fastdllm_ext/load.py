@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 from transformers.utils.hub import cached_file
 
 from fastdllm_ext.compat import dtype_argument
+from fastdllm_ext.generate import patch
 from fastdllm_ext.models import LLaDAModelLM
-from fastdllm_ext.patching import patch, supported_models
+from fastdllm_ext.patching.registry import supported_models
 
 # Own classes by the name that a checkpoint's config.json gives in `architectures`. (The model_type
 # would not do: LLaDA-MoE says "llada" too.)

@@ -1,5 +1,1 @@
-"""Patching of models that are already loaded."""
-
-from fastdllm_ext.patching.registry import is_patched, patch, supported_models, unpatch
-
-__all__ = ["is_patched", "patch", "supported_models", "unpatch"]
+"""Patching of models that are already loaded: one file a family, and the registry of them."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdllm_ext.patching.registry import Family, Geometry, layer_number, running_attention
+from fastdllm_ext.patching.family import Family, Geometry, layer_number, running_attention
 
 # Configuration keys that change the computation in ways this file does not follow.
 _REQUIRED = {

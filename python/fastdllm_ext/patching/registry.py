@@ -1,143 +1,25 @@
-"""Which models can be patched, and `patch` / `unpatch` themselves.
+"""Which models can be patched, and patching itself.
 
-A family is one file beside this one: a subclass of :class:`Family`, listed in ``FAMILIES``.
 Patching sets methods on the model's own modules, as instance attributes that fall through to the
 class's method unless a generation of ours is running. No weight and no module is touched.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from fastdllm_ext import ops
-from fastdllm_ext.cache import PagedKVCache
-from fastdllm_ext.rope import rope_table
+from fastdllm_ext.patching.family import LAYER, Family
+from fastdllm_ext.patching.llada import LLaDA
+
+# A family is one file beside this one. They are tried in this order.
+FAMILIES: tuple[Family, ...] = (LLaDA(),)
 
 _MARK = "_fastdllm"  # on a patched model: its Patch
-_LAYER = "_fastdllm_layer"  # on a patched attention module: its layer's number
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the decoding loop must know about a model."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    rope_theta: float
-    mask_id: int
-    eos_ids: tuple[int, ...]
-    pad_id: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One ragged forward: T query tokens of B sequences, and where their keys lie (see ``ops``)."""
-
-    positions: Tensor  # [T] int64
-    slots: Tensor  # [T] int64
-    block_table: Tensor  # [B, max_blocks] int32
-    kv_lens: Tensor  # [B] int32
-    cu_seqlens_q: Tensor  # [B + 1] int32
-    max_seqlen_q: int
-
-
-class Attention:
-    """The attention of a running generation: RoPE, write to pages, attend over pages."""
-
-    def __init__(self, geometry: Geometry, cache: PagedKVCache) -> None:
-        self.geometry = geometry
-        self.cache = cache
-        self.layout: Layout | None = None
-        self.cos, self.sin = rope_table(
-            geometry.max_positions, geometry.head_dim, geometry.rope_theta, cache.storage.device
-        )
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T, heads * head_dim], k and v [T, kv_heads * head_dim] -> [T, heads * head_dim]."""
-        assert self.layout is not None
-        at, g = self.layout, self.geometry
-        q, k, v = (x.unflatten(-1, (-1, g.head_dim)) for x in (q, k, v))
-        k_pages, v_pages = self.cache.layer(layer)
-        q = ops.rope_write_kv(q, k, v, self.cos, self.sin, at.positions, at.slots, k_pages, v_pages)
-        out = ops.paged_attention(
-            q,
-            k_pages,
-            v_pages,
-            at.block_table,
-            at.kv_lens,
-            at.cu_seqlens_q,
-            at.max_seqlen_q,
-            g.head_dim**-0.5,
-        )
-        return out.flatten(-2)
-
-
-_running: ContextVar[Attention | None] = ContextVar("fastdllm_attention", default=None)
-
-
-def running_attention() -> Attention | None:
-    """The attention of the generation that runs in this thread, for a family's patched method."""
-    return _running.get()
-
-
-@contextmanager
-def attending(attention: Attention) -> Iterator[None]:
-    """Within it, patched modules attend through ``attention``."""
-    token = _running.set(attention)
-    try:
-        yield
-    finally:
-        _running.reset(token)
-
-
-class Family(ABC):
-    """One model family: how to recognise it, and how to run its parts.
-
-    ``model`` is an ``nn.Module`` with a ``config``; its other attributes are the family's business.
-
-    Attributes:
-        name: as ``config.model_type`` says it, in lower case.
-        checkpoints: published models of the family.
-        needs_prompt: whether the first generated position needs one before it.
-        generate_name: the model's method that a patch provides.
-    """
-
-    name: str
-    checkpoints: tuple[str, ...]
-    needs_prompt: bool = False
-    generate_name: str = "generate"
-
-    @abstractmethod
-    def recognises(self, model: Any) -> bool:
-        """Whether the model's modules are this family's (its ``model_type`` already is)."""
-
-    @abstractmethod
-    def geometry(self, model: Any) -> Geometry:
-        """Sizes and token ids. ValueError where the configuration asks for what the family does not do."""
-
-    @abstractmethod
-    def methods(self, model: Any) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
-        """For each layer the module, the method's name, and the function to set there."""
-
-    @abstractmethod
-    def hidden(self, model: Any, input_ids: Tensor) -> Tensor:
-        """[T] int64 -> [T, hidden] after the final norm, attending through ``running_attention``."""
-
-    @abstractmethod
-    def logits(self, model: Any, hidden: Tensor) -> Tensor:
-        """[R, hidden] -> [R, vocab]."""
 
 
 @dataclass
@@ -148,16 +30,9 @@ class Patch:
     replaced_generate: Any = None  # an instance attribute that stood in its place
 
 
-def families() -> tuple[Family, ...]:
-    """All families, in the order in which they are tried."""
-    from fastdllm_ext.patching.llada import LLaDA
-
-    return (LLaDA(),)
-
-
 def supported_models() -> dict[str, tuple[str, ...]]:
     """The families that :func:`patch` knows, each with its published checkpoints."""
-    return {family.name: family.checkpoints for family in families()}
+    return {family.name: family.checkpoints for family in FAMILIES}
 
 
 def find_family(model: nn.Module) -> Family:
@@ -170,7 +45,7 @@ def find_family(model: nn.Module) -> Family:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__}; takes a torch.nn.Module")
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    for family in families():
+    for family in FAMILIES:
         if str(model_type).lower() == family.name and family.recognises(model):
             return family
     supported = "; ".join(f"{name} ({', '.join(models)})" for name, models in supported_models().items())
@@ -180,27 +55,22 @@ def find_family(model: nn.Module) -> Family:
     )
 
 
-def patch(model: nn.Module) -> nn.Module:
-    """Makes a model generate fast; its own call keeps working, bit for bit. Idempotent.
-
-    Args:
-        model: a LLaDA model: ours (:func:`fastdllm_ext.load`), the Hub's remote code, or NVlabs' copy.
-
-    Returns:
-        The same model, with a ``generate`` method that takes :func:`fastdllm_ext.generate`'s arguments.
+def patch(model: nn.Module, generate: Callable[..., Any]) -> nn.Module:
+    """Sets the family's methods on a model, and ``generate`` as its method. Idempotent.
 
     Raises:
-        TypeError, ValueError: not a supported model, or a configuration that its family does not cover.
+        TypeError, ValueError: not a supported model, or a configuration that its family does not cover;
+            the model is then as it was.
     """
     if is_patched(model):
         return model
     family = find_family(model)
     family.geometry(model)  # refuses what it cannot run, before anything is changed
     for layer, (module, name, function) in enumerate(family.methods(model)):
-        module.__dict__[_LAYER] = layer
+        module.__dict__[LAYER] = layer
         module.__dict__[name] = MethodType(function, module)
     model.__dict__[_MARK] = Patch(family, model.__dict__.get(family.generate_name))
-    model.__dict__[family.generate_name] = MethodType(_generate, model)
+    model.__dict__[family.generate_name] = MethodType(generate, model)
     return model
 
 
@@ -210,7 +80,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         return model
     done: Patch = model.__dict__.pop(_MARK)
     for module, name, _ in done.family.methods(model):
-        del module.__dict__[name], module.__dict__[_LAYER]
+        del module.__dict__[name], module.__dict__[LAYER]
     del model.__dict__[done.family.generate_name]
     if done.replaced_generate is not None:
         model.__dict__[done.family.generate_name] = done.replaced_generate
@@ -228,15 +98,3 @@ def patched_family(model: nn.Module) -> Family:
         find_family(model)  # an unsupported model is the better complaint
         raise ValueError(f"model={type(model).__name__} is not patched; call fastdllm_ext.patch(model) first")
     return model.__dict__[_MARK].family
-
-
-def layer_number(module: nn.Module) -> int:
-    """The layer of a patched attention module."""
-    return module.__dict__[_LAYER]
-
-
-def _generate(self: nn.Module, input_ids: Any, **arguments: Any) -> Any:
-    """`fastdllm_ext.generate` of this model."""
-    from fastdllm_ext.generate import generate
-
-    return generate(self, input_ids, **arguments)
