@@ -342,17 +342,17 @@ trained on; everything measured below is held out. Loss: masked-token cross-entr
 number of masked tokens, over the whole response for a part of the rows and inside one block (clean on
 its left, masked on its right) for the others. Muon on the blocks' matrices, AdamW on the rest, in two
 cycles of {steps} steps, the second on fewer families. Weights are stored as bfloat16 and meant to be
-run in float32. (The bundled weights come from those two cycles run one after the other beside other work on the
-machine, hence the minutes.)
+run in float32. (The bundled weights come from those two cycles, run one after the other beside other
+work on the machine; hence the minutes.)
 
 ## Measured
 
 Exact match of the whole answer on {count} held-out prompts, the families in equal parts, ± one standard
 error; NFE is the mean number of forwards a prompt; tokens count up to and including the end-of-text token.
-At threshold 0.99 parallel decoding keeps the accuracy of one token a step; at 0.9 tokens of 90 to 99%
-certainty are committed together, and their errors add up over the digits of an answer. The fixed step
-count is the smallest that spends at least the NFE of the threshold above it (a prompt whose
-answer ends early takes only a part of its steps). The same numbers are in `metrics.json`.
+A threshold of 0.9 commits tokens of 90 to 99% certainty together, and their errors add up over the digits
+of an answer; 0.99 leaves them for a later step. The fixed step count is the smallest that spends at least
+the NFE of the threshold above it (a prompt whose answer ends early takes only a part of its steps). The
+same numbers are in `metrics.json`.
 
 | rule | cache | accuracy | {families} | NFE | tokens / forward |
 | --- | --- | --- | {rule_line} | --- | --- |

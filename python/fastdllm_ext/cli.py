@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     demo = commands.add_parser("demo", help="the bundled model, unpatched against patched, as one table")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for JSON and PNG (demo-out)")
-    demo.add_argument("--prompts", type=int, default=64, help="held-out prompts to answer (64)")
+    demo.add_argument("--prompts", type=int, default=54, help="held-out prompts to answer (54)")
     demo.add_argument("--seed", type=int, default=0, help="choice of prompts (0)")
 
     arguments = parser.parse_args(argv)

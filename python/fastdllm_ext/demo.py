@@ -33,6 +33,7 @@ RULES: dict[str, dict[str, Any]] = {
     "quota, 4 a step": {"steps": GEN_LENGTH // 4},
     "quota, 8 a step": {"steps": GEN_LENGTH // 8},
     "threshold 0.9": {"threshold": 0.9},
+    "threshold 0.99": {"threshold": 0.99},
     "factor 1": {"factor": 1.0},
 }
 CACHES = ("none", "prefix", "dual")
@@ -146,7 +147,9 @@ def run(out: Path, prompts: int, seed: int) -> int:
     for method in table:  # first calls allocate and warm caches; they are not counted
         method.answer(model, tokenizer, problems[0])
     table = methods()
-    for problem in tqdm(problems, desc="answering", unit="prompt"):
+    for problem in tqdm(
+        problems, desc="answering", unit="prompt", mininterval=0.2 if sys.stderr.isatty() else 20
+    ):
         for method in table:  # every method on a prompt before the next prompt: like beside like
             method.answer(model, tokenizer, problem)
     patch(model)
@@ -199,7 +202,7 @@ def show(model: Any, tokenizer: Any, problem: Problem) -> GenerationOutput:
     print(f"> {problem.prompt}")
     view = DenoisingView(tokenizer, GEN_LENGTH, eos_ids=(model.config.eos_token_id,))
     output = generate(
-        model, [prompt], gen_length=GEN_LENGTH, block_length=BLOCK_LENGTH, threshold=0.9, streamer=view
+        model, [prompt], gen_length=GEN_LENGTH, block_length=BLOCK_LENGTH, threshold=0.99, streamer=view
     )
     text = tokenizer.decode(output.answers()[0], skip_special_tokens=True)
     verdict = "right" if text == problem.answer else f"wrong, should be {problem.answer!r}"

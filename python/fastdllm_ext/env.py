@@ -19,7 +19,7 @@ def collect_env() -> dict[str, Any]:
     return {
         "fastdllm_ext": _version("fastdllm_ext"),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "transformers": _version("transformers"),
         "cpu": cpu_name(),
