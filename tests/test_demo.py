@@ -80,12 +80,12 @@ def test_baseline_is_the_uncached_loop() -> None:
     for problem in held_out(3, seed=9):
         prompt = encode(problem.prompt)
         fd.unpatch(model)
-        row, forwards = demo.baseline(model, prompt, 40, 16)
+        row, forwards = demo.baseline(model, prompt, 48, 16)
         fd.patch(model)
         output = fd.generate(
-            model, [prompt], gen_length=40, block_length=16, steps=40, cache="none", stop_on_eos=False
+            model, [prompt], gen_length=48, block_length=16, steps=48, cache="none", stop_on_eos=False
         )
-        assert forwards == int(output.nfe[0]) == 40
+        assert forwards == int(output.nfe[0]) == 48
         assert torch.equal(row, output.sequences[0])
 
 

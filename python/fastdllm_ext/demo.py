@@ -183,7 +183,7 @@ def run(out: Path, prompts: int, seed: int) -> int:
         print('; no pictures: matplotlib is not installed (pip install "fastdllm_ext[plot]")')
         return 0
     plot_demo(facts, out / "demo.png")
-    problem, output = shown[0]
+    problem, output = max(shown, key=lambda pair: int(pair[1].nfe[0]))
     answer = output.answers()[0]
     plot_denoising(
         f"{problem.prompt}    {len(answer)} tokens in {int(output.nfe[0])} forwards",

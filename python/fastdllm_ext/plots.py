@@ -72,7 +72,7 @@ def plot_demo(facts: dict[str, Any], path: Path) -> None:
         speed.text(
             result["tokens_per_second"] + max(rates) * 0.01,
             place,
-            f"{result['tokens_per_second']:,.0f}  ({result['speedup']:.1f}x, {result['nfe']:.0f} forwards)",
+            f"{result['tokens_per_second']:,.0f}  ({result['speedup']:.1f}x, {result['nfe']:.1f} forwards)",
             va="center",
             fontsize=8,
         )
