@@ -132,23 +132,14 @@ def test_an_empty_prompt_is_a_prompt() -> None:
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_bfloat16(cache: str) -> None:
-    """Same mathematics in another rounding: it runs, fills every mask, and mostly agrees."""
+    """Runs to the end as in float32. (How far answers agree is measured on the demo model.)"""
     rng = random.Random(5)
     prompts = [random_prompt(rng, 10, 40) for _ in range(4)]
-    settings: dict[str, Any] = {
-        "gen_length": 32,
-        "block_length": 16,
-        "steps": 16,
-        "cache": cache,
-        "stop_on_eos": False,
-    }
-    narrow = fd.generate(tiny_llada(1, dtype=torch.bfloat16), prompts, **settings)
-    wide = fd.generate(tiny_llada(1), prompts, **settings)
-    assert not (narrow.sequences == MASK).any()
-    first_steps = (wide.step_map >= 0) & (wide.step_map < 2)
-    same = [torch.equal(a, b) for a, b in zip(narrow.sequences, wide.sequences, strict=True)]
-    agree = narrow.step_map[first_steps] == wide.step_map[first_steps]
-    assert any(same) or agree.float().mean() > 0.5
+    settings: dict[str, Any] = {"gen_length": 32, "block_length": 16, "steps": 16, "cache": cache}
+    output = fd.generate(tiny_llada(1, dtype=torch.bfloat16), prompts, stop_on_eos=False, **settings)
+    assert not (output.sequences == MASK).any()
+    assert output.nfe.tolist() == [16] * 4
+    assert all(torch.bincount(steps).tolist() == [2] * 16 for steps in output.step_map)
 
 
 def test_the_rest_behind_eos_is_padding_and_costs_nothing() -> None:

@@ -37,7 +37,6 @@ RULES: dict[str, dict[str, Any]] = {
     "factor 1": {"factor": 1.0},
 }
 CACHES = ("none", "prefix", "dual")
-SHOWN = 3  # prompts whose denoising is shown
 
 
 @torch.no_grad()
@@ -133,7 +132,7 @@ def methods() -> list[Method]:
 
 
 def run(out: Path, prompts: int, seed: int) -> int:
-    """Shows a few answers as they are denoised, then measures; writes JSON and pictures to ``out``."""
+    """Shows each family's longest answer emerge, then measures; writes JSON and pictures to ``out``."""
     if prompts < 1:
         print(f"fastdllm-ext demo: --prompts {prompts}; takes 1 or more", file=sys.stderr)
         return 2
@@ -141,7 +140,8 @@ def run(out: Path, prompts: int, seed: int) -> int:
     model, tokenizer = loaded
     problems = held_out(prompts, seed)
     print(f"Demo model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, float32, CPU\n")
-    shown = [(problem, show(model, tokenizer, problem)) for problem in problems[:SHOWN]]
+    longest = {p.family: p for p in sorted(problems, key=lambda p: len(p.answer))}
+    shown = [(problem, show(model, tokenizer, problem)) for problem in longest.values()]
 
     table = methods()
     for method in table:  # first calls allocate and warm caches; they are not counted
