@@ -31,7 +31,7 @@ def test_a_patched_model_called_as_before_returns_the_same_bits() -> None:
 
 
 def test_unpatch_restores_exactly() -> None:
-    model = fd.unpatch(tiny_llada())
+    model = LLaDAModelLM(tiny_llada().config)  # never patched before
     before = attributes(model)
     fd.patch(model)
     assert attributes(model) != before
@@ -77,7 +77,7 @@ def test_saving_writes_the_original_class_and_weights(tmp_path) -> None:
 def test_gradients_still_flow() -> None:
     model = tiny_llada()
     fd.generate(model, ROW, gen_length=5)
-    model(ROW).logits.sum().backward()
+    model.train()(ROW).logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
