@@ -137,6 +137,22 @@ def test_bits_do_not_depend_on_the_batch(backend: Backend) -> None:
             assert torch.equal(alone, together[begin : begin + queries])
 
 
+@each_compiled
+def test_bits_do_not_depend_on_the_number_of_threads(backend: Backend) -> None:
+    threads = torch.get_num_threads()
+    for dtype in backend.dtypes:
+        case = Case.make([100, 32], [700, 300], dtype=dtype)
+        found = []
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                found.append(backend.run("paged_attention", *case.args))
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
 def _changed(index: int, value: object) -> tuple:
     args = list(Case.make([4], [20]).args)
     args[index] = value(args[index]) if callable(value) else value

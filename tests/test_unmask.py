@@ -189,6 +189,21 @@ def test_threshold(backend: Backend) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize(
+    "rule, value, wanted",
+    [(Rule.THRESHOLD, 0.5, 4), (Rule.THRESHOLD, 0.50001, 1), (Rule.FACTOR, 1.5, 2), (Rule.FACTOR, 1.49, 1)],
+)
+def test_bounds_are_inclusive(backend: Backend, rule: Rule, value: float, wanted: int) -> None:
+    """Two equal logits, all others -inf: a confidence of exactly 1/2, so (n + 1) / 2 <= factor."""
+    batch = Batch([4], vocab=80, rule=rule, value=value)
+    batch.logits.fill_(-torch.inf)
+    batch.logits[:, 20:22] = 1.0
+    batch.run(backend)
+    assert 4 - int(batch.rows[0, Row.MASKS_LEFT]) == wanted
+    assert (batch.confidence[batch.step_map == 4] == 0.5).all()
+
+
+@each_backend
 def test_end_of_sequence(backend: Backend) -> None:
     def finish(tokens: list[int], eos: list[int]) -> int:
         batch = Batch([1], vocab=80, value=1.0)
