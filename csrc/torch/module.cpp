@@ -3,6 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
+#include <map>
+#include <string>
+
 #include "core/page_pool.h"
 #include "core/params.h"
 #include "cpu/kernels.h"
@@ -32,9 +36,17 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("peak_used", &PagePool::peak_used);
 
   // Column of each RowState field in the `rows` tensor of unmask.
-  m.attr("ROW_FIELDS") = std::vector<std::string>{
-      "rule",       "score",       "seed",        "stream",     "first",  "end",       "step",
-      "block_step", "block_masks", "block_steps", "masks_left", "eos_at", "bad_logits"};
+#define FASTDLLM_COLUMN(field)                                                                               \
+  {                                                                                                          \
+    #field, offsetof(fastdllm::RowState, field) / sizeof(int64_t)                                            \
+  }
+  const std::map<std::string, size_t> columns{
+      FASTDLLM_COLUMN(rule),        FASTDLLM_COLUMN(score),      FASTDLLM_COLUMN(seed),
+      FASTDLLM_COLUMN(stream),      FASTDLLM_COLUMN(first),      FASTDLLM_COLUMN(end),
+      FASTDLLM_COLUMN(step),        FASTDLLM_COLUMN(block_step), FASTDLLM_COLUMN(block_masks),
+      FASTDLLM_COLUMN(block_steps), FASTDLLM_COLUMN(masks_left), FASTDLLM_COLUMN(eos_at),
+      FASTDLLM_COLUMN(bad_logits)};
+  m.attr("ROW_COLUMNS") = columns;
 
   m.def(
       "cpu_isas",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +24,8 @@ def collect_env() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": _version("transformers"),
         "cpu": cpu_name(),
-        "cpu_count": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "cpu_isa": _C.cpu_isa(),
         "cpu_isas": _C.cpu_isas(),
         "built_for_torch": _C.built_for_torch,

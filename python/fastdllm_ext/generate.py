@@ -138,11 +138,7 @@ class Decoder:
             [[config.value, config.temperature]] * count, dtype=torch.float32, device=device
         )
         state = torch.zeros((count, len(Row)), dtype=torch.int64)
-        self.rows: list[DecodingRow] = []
-        for b, sequence in enumerate(cache.add(totals)):
-            prompt, total = prompts[b], totals[b]
-            bounds = [*range(len(prompt), total, config.block_length), total]
-            self.rows.append(DecodingRow(b, sequence, len(prompt), gen_lengths[b], bounds))
+        for b, (prompt, total) in enumerate(zip(prompts, totals, strict=True)):
             self.tokens[b, : len(prompt)] = prompt
             self.tokens[b, len(prompt) : total] = self.geometry.mask_id
             state[b, Row.RULE] = config.rule
@@ -151,10 +147,14 @@ class Decoder:
             state[b, Row.FIRST], state[b, Row.END] = len(prompt), total
             state[b, Row.EOS_AT] = -1
         self.state = state.to(device)
-        for row in self.rows:
-            self._enter_block(row)
         self._plan_key: list[tuple[int, int, int, int]] | None = None
         self._plan: Plan | None = None
+        self.rows: list[DecodingRow] = []
+        for b, sequence in enumerate(cache.add(totals)):  # last: from here on close() gives the pages back
+            first = len(prompts[b])
+            bounds = [*range(first, totals[b], config.block_length), totals[b]]
+            self.rows.append(DecodingRow(b, sequence, first, gen_lengths[b], bounds))
+            self._enter_block(self.rows[b])
 
     def close(self) -> None:
         """Gives the rows' pages back."""

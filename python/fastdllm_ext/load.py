@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 from fastdllm_ext.compat import dtype_argument
 from fastdllm_ext.generate import patch
 from fastdllm_ext.models import LLaDAModelLM
-from fastdllm_ext.patching.registry import supported_models
+from fastdllm_ext.patching.registry import supported_text
 
 # Own classes by the name that a checkpoint's config.json gives in `architectures`. (The model_type
 # would not do: LLaDA-MoE says "llada" too.)
@@ -52,10 +52,9 @@ def load(
     architectures = config.get("architectures") or []
     known = next((CLASSES[name] for name in architectures if name in CLASSES), None)
     if known is None:
-        supported = "; ".join(f"{name} ({', '.join(ids)})" for name, ids in supported_models().items())
         raise ValueError(
             f"{where}: model_type={config.get('model_type')!r} with architectures={architectures} is not "
-            f"supported. Supported: {supported}"
+            f"supported. {supported_text()}"
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

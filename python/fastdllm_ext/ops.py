@@ -52,7 +52,7 @@ class Row(IntEnum):
     BAD_LOGITS = 12
 
 
-assert [field.name.lower() for field in Row] == _C.ROW_FIELDS
+assert {field.name.lower(): field.value for field in Row} == _C.ROW_COLUMNS
 
 
 def rope_write_kv(

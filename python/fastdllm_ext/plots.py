@@ -90,7 +90,7 @@ def plot_demo(facts: dict[str, Any], path: Path) -> None:
     environment = facts["environment"]
     figure.suptitle(
         f"fastdllm_ext demo: {prompts} held-out prompts, one at a time, float32, "
-        f"{environment['cpu_count']} threads of {environment['cpu']}",
+        f"{environment['threads']} threads of {environment['cpu']}",
         fontsize=9,
     )
     figure.savefig(path, dpi=150)

@@ -23,7 +23,6 @@ class Geometry:
     """What the decoding loop must know about a model."""
 
     num_layers: int
-    num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int

@@ -58,7 +58,6 @@ class LLaDA(Family):
         head_dim = c.d_model // c.n_heads
         return Geometry(
             num_layers=c.n_layers,
-            num_heads=c.n_heads,
             num_kv_heads=model.model.transformer.blocks[0].k_proj.out_features // head_dim,
             head_dim=head_dim,
             vocab_size=model.get_input_embeddings().weight.shape[0],

@@ -35,6 +35,11 @@ def supported_models() -> dict[str, tuple[str, ...]]:
     return {family.name: family.checkpoints for family in FAMILIES}
 
 
+def supported_text() -> str:
+    """The supported models as a sentence, for error messages."""
+    return "Supported: " + "; ".join(f"{name} ({', '.join(ids)})" for name, ids in supported_models().items())
+
+
 def find_family(model: nn.Module) -> Family:
     """The family of a model.
 
@@ -48,10 +53,8 @@ def find_family(model: nn.Module) -> Family:
     for family in FAMILIES:
         if str(model_type).lower() == family.name and family.recognises(model):
             return family
-    supported = "; ".join(f"{name} ({', '.join(models)})" for name, models in supported_models().items())
     raise ValueError(
-        f"model={type(model).__name__} with model_type={model_type!r} is not supported. "
-        f"Supported: {supported}"
+        f"model={type(model).__name__} with model_type={model_type!r} is not supported. {supported_text()}"
     )
 
 
