@@ -6,8 +6,8 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch>=2.11,<2.14
 BUILD_TOOLS := scikit-build-core>=0.10 pybind11>=2.13 ninja cmake
 
-SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc third_party -type f -not -name '*.pyc')
-CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc third_party tests/simt -type f -not -name '*.pyc')
+CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 # Runs Python on a copy of the package instead of the editable install (-S: no .pth files).
 SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 PYTHON_ON = PYTHONPATH=$(1):$(SITE) $(abspath $(BIN))/python -S
@@ -28,9 +28,10 @@ $(VENV)/.torch: | $(BIN)/python
 	$(BIN)/python -m pip install -q "$(TORCH)" $(foreach tool,$(BUILD_TOOLS),"$(tool)")
 	@touch $@
 
-# Editable, so that Python changes need no new install; a change of the sources builds again.
+# Editable, so that Python changes need no new install; a change of the sources builds again. With the
+# emulated CUDA kernels, for the tests.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]" -C cmake.define.FASTDLLM_SIMT=ON
 	@touch $@
 
 install: $(VENV)/.installed
@@ -62,7 +63,7 @@ asan: install
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset asan -DPython_EXECUTABLE="$(abspath $(BIN))/python"
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset asan
 	rm -rf build/asan/site && mkdir -p build/asan/site && cp -r python/fastdllm_ext build/asan/site
-	cp build/asan/_C*.so build/asan/site/fastdllm_ext
+	cp build/asan/_C*.so build/asan/_simt.so build/asan/site/fastdllm_ext
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(call PYTHON_ON,build/asan/site) -m pytest \
 	  tests/test_paged_attention.py tests/test_rope_write_kv.py tests/test_unmask.py tests/test_copy_pages.py \

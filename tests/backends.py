@@ -1,15 +1,29 @@
-"""Where an operation can run: plain PyTorch, the CPU's instruction sets, a CUDA device if there is one."""
+"""Where an operation can run: plain PyTorch, the CPU's instruction sets, the CUDA kernels in the emulator of
+tests/simt (``simt``), a CUDA device if there is one.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from fastdllm_ext import _C, ops, reference
+
+# Schedules that the emulator runs every operation under (emulator.cpp): two extreme ones, one random.
+SCHEDULES = [int(x) for x in os.environ.get("FASTDLLM_SIMT_SCHEDULES", "0,1,2026").split(",")]
+
+_emulated = Path(_C.__file__).with_name("_simt.so")
+emulator = ctypes.CDLL(str(_emulated)) if _emulated.exists() else None
+if emulator:
+    torch.ops.load_library(str(_emulated))
+    emulator.simt_set_schedule.argtypes = [ctypes.c_uint64]
 
 
 @dataclass(frozen=True)
@@ -19,28 +33,71 @@ class Backend:
     name: str
 
     @property
+    def is_cuda(self) -> bool:
+        """Whether it runs the CUDA kernels, on a device or emulated."""
+        return self.name in ("simt", "cuda")
+
+    @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        narrow = (torch.bfloat16, torch.float16) if self.name == "cuda" else (torch.bfloat16,)
+        narrow = (torch.bfloat16, torch.float16) if self.is_cuda else (torch.bfloat16,)
         return (torch.float32, *narrow)
 
     def run(self, name: str, *args: Any) -> Any:
         """Calls the operation; tensors that it changes are changed in place on the CPU."""
         if self.name == "reference":
             return getattr(reference, name)(*args)
-        if self.name != "cuda":
-            _C.set_cpu_isa(self.name)
-            return getattr(ops, name)(*args)
-        moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
-        out = getattr(ops, name)(*moved)
-        for before, after in zip(args, moved, strict=True):
-            if isinstance(before, torch.Tensor):
-                before.copy_(after)
-        return out.cpu() if isinstance(out, torch.Tensor) else out
+        if self.name == "simt":
+            return _run_emulated(getattr(torch.ops.fastdllm_simt, name), args)
+        if self.name == "cuda":
+            return _run_on_copies(getattr(ops, name), args, lambda x: x.cuda())
+        _C.set_cpu_isa(self.name)
+        return getattr(ops, name)(*args)
+
+
+def _run_on_copies(op: Callable, args: tuple, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    copies = [copy(x) if isinstance(x, torch.Tensor) else x for x in args]
+    out = op(*copies)
+    for before, after in zip(args, copies, strict=True):
+        if isinstance(before, torch.Tensor):
+            before.copy_(after)
+    return out.cpu() if isinstance(out, torch.Tensor) else out
+
+
+def _clone(x: torch.Tensor) -> torch.Tensor:
+    """As clone(), but with the same strides."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def _run_emulated(op: Callable, args: tuple) -> Any:
+    """Under every schedule; where results differ by a bit, a barrier or a wait is missing."""
+    assert emulator is not None
+    found: list[tuple[int, list[torch.Tensor]]] = []
+    for schedule in SCHEDULES:
+        emulator.simt_set_schedule(schedule)
+        results = list(args) if schedule == SCHEDULES[-1] else []
+        if not results:
+            results = [_clone(x) if isinstance(x, torch.Tensor) else x for x in args]
+        out = op(*results)
+        found.append((schedule, [x for x in (*results, out) if isinstance(x, torch.Tensor)]))
+    first, truth = found[0]
+    for schedule, tensors in found[1:]:
+        for a, b in zip(truth, tensors, strict=True):
+            assert torch.equal(_bits(a), _bits(b)), f"schedules {first} and {schedule} differ: a race"
+    return out
+
+
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    missing = pytest.mark.skipif(emulator is None, reason="built without FASTDLLM_SIMT; see `make test`")
+    return {"cuda": [pytest.mark.cuda], "simt": [missing]}.get(name, [])
 
 
 BACKENDS = [
-    pytest.param(Backend(name), id=name, marks=[pytest.mark.cuda] if name == "cuda" else [])
-    for name in ("reference", *_C.cpu_isas(), "cuda")
+    pytest.param(Backend(name), id=name, marks=_marks(name))
+    for name in ("reference", *_C.cpu_isas(), "simt", "cuda")
 ]
 COMPILED = BACKENDS[1:]
 

@@ -26,13 +26,12 @@ template <class Unit> __global__ void __launch_bounds__(kThreads) copy(CopyPages
     to[i] = from[i];
 }
 
-template <class Unit> const char* launch(const CopyPagesParams& p, cudaStream_t stream) {
+template <class Unit> const char* copy_all(const CopyPagesParams& p, cudaStream_t stream) {
   const int64_t units = p.page_bytes / static_cast<int64_t>(sizeof(Unit));
   const int64_t shares = (units + kThreads * kUnitsPerThread - 1) / (kThreads * kUnitsPerThread);
   const dim3 grid(static_cast<unsigned>(p.pairs * p.outer),
                   static_cast<unsigned>(shares < 1024 ? shares : 1024));
-  copy<Unit><<<grid, kThreads, 0, stream>>>(p);
-  return launch_error();
+  return launch(copy<Unit>, grid, kThreads, 0, stream, p);
 }
 
 } // namespace
@@ -43,7 +42,7 @@ const char* copy_pages(const CopyPagesParams& p, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   const int64_t bits =
       static_cast<int64_t>(reinterpret_cast<uintptr_t>(p.pages)) | p.outer_stride_bytes | p.page_bytes;
-  return bits % 16 == 0 ? launch<uint4>(p, on) : launch<unsigned char>(p, on);
+  return bits % 16 == 0 ? copy_all<uint4>(p, on) : copy_all<unsigned char>(p, on);
 }
 
 } // namespace fastdllm::cuda

@@ -1,15 +1,14 @@
-// What the CUDA kernels share: storage types, reductions, the check after a launch. Only __syncthreads,
-// __shfl_xor_sync and static shared memory are used, so that a host compiler can run the kernels too.
+// What the CUDA kernels share: storage types, shared memory, reductions, launches.
+//
+// A kernel uses __syncthreads, __syncwarp, warp shuffles, atomics, dynamic shared memory and what ptx.h
+// wraps, and nothing else of CUDA: the emulator of tests/simt provides exactly that on a host compiler.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
-
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
 
 #include "core/params.h"
 
@@ -17,6 +16,7 @@ namespace fastdllm::cuda {
 
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
+inline constexpr float kLargest = 0x1.fffffep+127f;
 
 // ---------------------------------------------------------------------------------------------------------
 // Elements in memory; arithmetic is in float.
@@ -30,15 +30,11 @@ struct Float16 {
 };
 
 __device__ __forceinline__ float to_float(float x) { return x; }
-
-template <class T> __device__ __forceinline__ T from_float(float x);
-template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-
-#ifdef __CUDACC__
-
 __device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 __device__ __forceinline__ float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
+template <class T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
 template <> __device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 }
@@ -46,34 +42,24 @@ template <> __device__ __forceinline__ Float16 from_float<Float16>(float x) {
   return {__half_as_ushort(__float2half_rn(x))};
 }
 
-#else // the same on a host compiler
+// kCount elements that are loaded and stored at once.
+template <class T, int kCount> struct alignas(sizeof(T) * kCount) Pack {
+  T x[kCount];
+};
+// As many as 16 bytes hold.
+template <class T> inline constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+template <class T> using Vector = Pack<T, kVector<T>>;
 
-inline float to_float(BFloat16 x) {
-  const uint32_t u = uint32_t{x.bits} << 16;
-  float r;
-  __builtin_memcpy(&r, &u, sizeof r);
-  return r;
-}
-inline float to_float(Float16 x) {
-  _Float16 h;
-  __builtin_memcpy(&h, &x.bits, sizeof h);
-  return static_cast<float>(h);
-}
+inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-template <> inline BFloat16 from_float<BFloat16>(float x) {
-  uint32_t u;
-  __builtin_memcpy(&u, &x, sizeof u);
-  const uint32_t rounded = x == x ? u + 0x7fffu + (u >> 16 & 1u) : u | 0x400000u;
-  return {static_cast<uint16_t>(rounded >> 16)};
-}
-template <> inline Float16 from_float<Float16>(float x) {
-  const _Float16 h = static_cast<_Float16>(x);
-  Float16 r;
-  __builtin_memcpy(&r.bits, &h, sizeof h);
-  return r;
-}
+// ---------------------------------------------------------------------------------------------------------
+// Shared memory is always dynamic: one object of type Shared at its start, sizeof(Shared) and more at launch.
+// ---------------------------------------------------------------------------------------------------------
 
-#endif
+template <class Shared> __device__ __forceinline__ Shared& shared_memory() {
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  return *reinterpret_cast<Shared*>(dynamic_shared);
+}
 
 // ---------------------------------------------------------------------------------------------------------
 // Reductions. Every lane, or thread, gets the result; the order is fixed, so the bits are too.
@@ -83,15 +69,22 @@ template <class T> __device__ __forceinline__ T shuffle_xor(T x, int lanes) {
   return __shfl_xor_sync(kAllLanes, x, lanes);
 }
 
-template <class T, class Op> __device__ __forceinline__ T warp_reduce(T x, Op op) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
+// Over groups of `width` lanes, a power of two.
+template <class T, class Op> __device__ __forceinline__ T warp_reduce(T x, Op op, int width = kWarp) {
+  for (int lanes = width / 2; lanes > 0; lanes /= 2)
     x = op(x, shuffle_xor(x, lanes));
   return x;
 }
 
-__device__ __forceinline__ float warp_sum(float x) {
-  return warp_reduce(x, [](float a, float b) { return a + b; });
-}
+struct Sum {
+  template <class T> __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
+};
+struct Largest {
+  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+struct Least {
+  template <class T> __device__ __forceinline__ T operator()(T a, T b) const { return a < b ? a : b; }
+};
 
 // Over a block of whole warps; `shared` has kWarp elements and is free again afterwards.
 template <class T, class Op> __device__ T block_reduce(T x, T identity, Op op, T* shared) {
@@ -124,9 +117,35 @@ __device__ __forceinline__ int64_t sequence_of(int64_t i, const int32_t* offsets
   return low;
 }
 
-inline const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
+inline const char* error_text(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Launches kernel(args...); the error text, or nullptr.
+template <class... Args>
+const char* launch(void (*kernel)(Args...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
+                   Args... args) {
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (shared_bytes > kWithoutAsking) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) {
+      cudaGetLastError(); // clears it
+      return cudaGetErrorString(error);
+    }
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error == cudaSuccess)
+    error = cudaGetLastError();
+  else
+    cudaGetLastError();
+  return error_text(error);
 }
 
 // f of a value of the element type; its error text.

@@ -22,7 +22,6 @@ namespace {
 
 constexpr int kWarps = 4; // a block
 constexpr int kKeys = 4;  // scored together, to have several loads in flight
-constexpr float kLargest = 0x1.fffffep+127f;
 
 // kPerLane * 32 >= head_dim
 template <class T, int kPerLane>
@@ -65,7 +64,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 6) attend(PagedAttentionParams 
       }
       float top = largest;
       for (int j = 0; j < kKeys; ++j) {
-        s[j] = first + j < count ? warp_sum(s[j]) : -INFINITY;
+        s[j] = first + j < count ? warp_reduce(s[j], Sum{}) : -INFINITY;
         top = fmaxf(top, s[j]);
       }
       const float shrink = expf(largest - top);
@@ -92,15 +91,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, 6) attend(PagedAttentionParams 
   }
 }
 
-template <class T> const char* launch(const PagedAttentionParams& p, cudaStream_t stream) {
+template <class T> const char* attend_all(const PagedAttentionParams& p, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>((p.tokens * p.q_heads + kWarps - 1) / kWarps);
   if (p.head_dim <= 64)
-    attend<T, 2><<<blocks, kWarps * kWarp, 0, stream>>>(p);
-  else if (p.head_dim <= 128)
-    attend<T, 4><<<blocks, kWarps * kWarp, 0, stream>>>(p);
-  else
-    attend<T, 8><<<blocks, kWarps * kWarp, 0, stream>>>(p);
-  return launch_error();
+    return launch(attend<T, 2>, dim3(blocks), kWarps * kWarp, 0, stream, p);
+  if (p.head_dim <= 128)
+    return launch(attend<T, 4>, dim3(blocks), kWarps * kWarp, 0, stream, p);
+  return launch(attend<T, 8>, dim3(blocks), kWarps * kWarp, 0, stream, p);
 }
 
 } // namespace
@@ -111,7 +108,7 @@ const char* paged_attention(const PagedAttentionParams& p, void* stream) {
   if (p.tokens == 0 || p.q_heads == 0)
     return nullptr;
   const auto on = static_cast<cudaStream_t>(stream);
-  return by_dtype(p.dtype, [&](auto element) { return launch<decltype(element)>(p, on); });
+  return by_dtype(p.dtype, [&](auto element) { return attend_all<decltype(element)>(p, on); });
 }
 
 } // namespace fastdllm::cuda

@@ -58,18 +58,16 @@ template <class T> __global__ void __launch_bounds__(kThreads) rotate_and_store(
     v_out[item / head_dim * head_stride + item % head_dim] = v[item];
 }
 
-template <class T> const char* launch(const RopeWriteKvParams& p, cudaStream_t stream) {
-  rotate_and_store<T><<<static_cast<unsigned>(p.tokens), kThreads, 0, stream>>>(p);
-  return launch_error();
-}
-
 } // namespace
 
 const char* rope_write_kv(const RopeWriteKvParams& p, void* stream) {
   if (p.tokens == 0)
     return nullptr;
   const auto on = static_cast<cudaStream_t>(stream);
-  return by_dtype(p.dtype, [&](auto element) { return launch<decltype(element)>(p, on); });
+  return by_dtype(p.dtype, [&](auto element) {
+    return launch(rotate_and_store<decltype(element)>, dim3(static_cast<unsigned>(p.tokens)), kThreads, 0, on,
+                  p);
+  });
 }
 
 } // namespace fastdllm::cuda

@@ -25,7 +25,6 @@ namespace {
 
 constexpr int kScoreThreads = 1024;
 constexpr int kCommitThreads = 256;
-constexpr float kLargest = 0x1.fffffep+127f;
 
 struct Best {
   float value;    // what is maximised: the logit, noisy where T > 0
@@ -56,9 +55,16 @@ __device__ __forceinline__ void load_four(const T* row, int64_t first, int64_t v
     out[j] = first + j < vocab ? to_float(row[first + j]) : -INFINITY;
 }
 
+struct ScoreShared {
+  float floats[kWarp];
+  Best bests[kWarp];
+};
+struct CommitShared {
+  int64_t x[kWarp];
+};
+
 template <class T> __global__ void __launch_bounds__(kScoreThreads) score_rows(UnmaskParams p) {
-  __shared__ float shared_float[kWarp];
-  __shared__ Best shared_best[kWarp];
+  auto& [shared_float, shared_best] = shared_memory<ScoreShared>();
   const int64_t r = blockIdx.x;
   const int64_t b = sequence_of(r, p.cu_rows, p.sequences);
   if (b < 0)
@@ -125,7 +131,7 @@ __device__ __forceinline__ bool is_eos(int64_t token, const int64_t* eos_ids, in
 }
 
 __global__ void __launch_bounds__(kCommitThreads, 4) commit_rows(UnmaskParams p) {
-  __shared__ int64_t shared[kWarp];
+  auto& shared = shared_memory<CommitShared>().x;
   const int64_t b = blockIdx.x, first_row = p.cu_rows[b], count = p.cu_rows[b + 1] - first_row;
   if (count <= 0)
     return;
@@ -178,12 +184,12 @@ __global__ void __launch_bounds__(kCommitThreads, 4) commit_rows(UnmaskParams p)
   row.bad_logits = 0;
 }
 
-template <class T> const char* launch(const UnmaskParams& p, cudaStream_t stream) {
-  score_rows<T><<<static_cast<unsigned>(p.logit_rows), kScoreThreads, 0, stream>>>(p);
-  if (const char* error = launch_error())
+template <class T> const char* unmask_all(const UnmaskParams& p, cudaStream_t stream) {
+  if (const char* error = launch(score_rows<T>, dim3(static_cast<unsigned>(p.logit_rows)), kScoreThreads,
+                                 sizeof(ScoreShared), stream, p))
     return error;
-  commit_rows<<<static_cast<unsigned>(p.sequences), kCommitThreads, 0, stream>>>(p);
-  return launch_error();
+  return launch(commit_rows, dim3(static_cast<unsigned>(p.sequences)), kCommitThreads, sizeof(CommitShared),
+                stream, p);
 }
 
 } // namespace
@@ -192,7 +198,7 @@ const char* unmask(const UnmaskParams& p, void* stream) {
   if (p.logit_rows == 0 || p.sequences == 0)
     return nullptr;
   const auto on = static_cast<cudaStream_t>(stream);
-  return by_dtype(p.dtype, [&](auto element) { return launch<decltype(element)>(p, on); });
+  return by_dtype(p.dtype, [&](auto element) { return unmask_all<decltype(element)>(p, on); });
 }
 
 } // namespace fastdllm::cuda

@@ -19,6 +19,16 @@
 
 namespace {
 
+// The library of operations. Compiled with FASTDLLM_SIMT this file makes one for the tests, whose operations
+// take CPU tensors and run the CUDA kernels in the emulator of tests/simt.
+#ifdef FASTDLLM_SIMT
+#define FASTDLLM_LIBRARY fastdllm_simt
+constexpr bool kEmulated = true;
+#else
+#define FASTDLLM_LIBRARY fastdllm_ext
+constexpr bool kEmulated = false;
+#endif
+
 using fastdllm::Dtype;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -45,6 +55,9 @@ std::string shape_text(const Tensor& t) {
 }
 
 constexpr int64_t kAny = -1;
+
+// Whether the CUDA kernels work on it.
+bool for_cuda(const Tensor& t) { return kEmulated || t.is_cuda(); }
 
 // One operation's view of its arguments: every check names the operation and the argument.
 struct Checker {
@@ -116,7 +129,7 @@ struct Checker {
     case ScalarType::BFloat16:
       return Dtype::kBFloat16;
     case ScalarType::Half:
-      check(t.is_cuda(), op, ": ", name,
+      check(for_cuda(t), op, ": ", name,
             " is float16, which the CPU kernels do not take; use float32 or bfloat16");
       return Dtype::kFloat16;
     default:
@@ -165,8 +178,13 @@ void* current_cuda_stream(int32_t device) {
 template <class Params>
 void launch_cuda(const char* op, const char* (*launcher)(const Params&, void*), const Params& params,
                  const Tensor& on) {
-  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-  const char* error = launcher(params, current_cuda_stream(on.get_device_index()));
+  const char* error = nullptr;
+  if constexpr (kEmulated) {
+    error = launcher(params, nullptr);
+  } else {
+    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+    error = launcher(params, current_cuda_stream(on.get_device_index()));
+  }
   check(error == nullptr, op, ": ", error ? error : "", " (first argument ", shape_text(on), ")");
 }
 
@@ -231,7 +249,7 @@ Tensor rope_write_kv(const Tensor q, const Tensor k, const Tensor v, const Tenso
                                            .k_stride = k_stride,
                                            .v_stride = v_stride,
                                            .dtype = dtype};
-  if (q.is_cuda()) {
+  if (for_cuda(q)) {
     launch_cuda(op, fastdllm::cuda::rope_write_kv, params, q);
   } else {
     check_range(op, "positions", params.positions, tokens, 0, cos.size(0));
@@ -280,7 +298,7 @@ Tensor paged_attention(const Tensor q, const Tensor k_pages, const Tensor v_page
                                               .page_size = page_size,
                                               .scale = static_cast<float>(scale),
                                               .dtype = dtype};
-  if (q.is_cuda()) {
+  if (for_cuda(q)) {
     launch_cuda(op, fastdllm::cuda::paged_attention, params, q);
     return out;
   }
@@ -347,7 +365,7 @@ void unmask(const Tensor logits, const Tensor cu_rows, const Tensor positions, T
                                       .eos_count = eos_ids.size(0),
                                       .mask_id = mask_id,
                                       .dtype = dtype};
-  if (logits.is_cuda())
+  if (for_cuda(logits))
     return launch_cuda(op, fastdllm::cuda::unmask, params, logits);
   check_offsets(op, "cu_rows", params.cu_rows, sequences, logit_rows);
   check_range(op, "positions", params.positions, logit_rows, 0, width);
@@ -377,7 +395,7 @@ void copy_pages(Tensor pages, const Tensor src, const Tensor dst) {
                                          .outer = outer,
                                          .outer_stride_bytes = outer_bytes,
                                          .page_bytes = num_pages ? outer_bytes / num_pages : 0};
-  if (pages.is_cuda())
+  if (for_cuda(pages))
     return launch_cuda(op, fastdllm::cuda::copy_pages, params, pages);
   check_range(op, "src", params.src, pairs, 0, num_pages);
   check_range(op, "dst", params.dst, pairs, 0, num_pages);
@@ -390,7 +408,11 @@ void copy_pages(Tensor pages, const Tensor src, const Tensor dst) {
 
 } // namespace
 
-STABLE_TORCH_LIBRARY(fastdllm_ext, m) {
+// Expands its first argument, which torch's own macros do not.
+#define FASTDLLM_TORCH_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define FASTDLLM_TORCH_LIBRARY_IMPL(name, device, m) STABLE_TORCH_LIBRARY_IMPL(name, device, m)
+
+FASTDLLM_TORCH_LIBRARY(FASTDLLM_LIBRARY, m) {
   m.def("rope_write_kv(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, Tensor slots, "
         "Tensor(a!) k_pages, Tensor(b!) v_pages) -> Tensor");
   m.def("paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor kv_lens, "
@@ -406,5 +428,5 @@ STABLE_TORCH_LIBRARY(fastdllm_ext, m) {
   m.impl("unmask", TORCH_BOX(&unmask));                                                                      \
   m.impl("copy_pages", TORCH_BOX(&copy_pages))
 
-STABLE_TORCH_LIBRARY_IMPL(fastdllm_ext, CPU, m) { FASTDLLM_REGISTER(m); }
-STABLE_TORCH_LIBRARY_IMPL(fastdllm_ext, CUDA, m) { FASTDLLM_REGISTER(m); }
+FASTDLLM_TORCH_LIBRARY_IMPL(FASTDLLM_LIBRARY, CPU, m) { FASTDLLM_REGISTER(m); }
+FASTDLLM_TORCH_LIBRARY_IMPL(FASTDLLM_LIBRARY, CUDA, m) { FASTDLLM_REGISTER(m); }
