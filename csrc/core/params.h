@@ -38,9 +38,32 @@ struct PagedAttentionParams {
   const int32_t* kv_lens;      // [sequences]
   const int32_t* cu_seqlens_q; // [sequences + 1]: queries of b are [cu[b], cu[b + 1])
   void* out;                   // [tokens, q_heads, head_dim] contiguous
+  float* scratch;              // CUDA: for the partial results of keys that are split over blocks
   int64_t tokens, sequences, max_blocks, max_seqlen_q;
   int64_t q_heads, kv_heads, head_dim, page_size;
   float scale;
+  Dtype dtype;
+};
+
+// out = weight * (x / sqrt(mean x^2 + eps)) for every row, statistics in float32, the normalised value and
+// the product each rounded to the dtype. Where there is a residual, first residual += x, rounded, and the
+// norm is that of the residual.
+struct RmsNormParams {
+  const void* x;      // [rows, hidden], x_stride between rows
+  void* residual;     // [rows, hidden] contiguous, or nullptr
+  const void* weight; // [hidden]
+  void* out;          // [rows, hidden] contiguous
+  int64_t rows, hidden, x_stride;
+  float eps;
+  Dtype dtype;
+};
+
+// out = silu(gate) * up, silu(x) = x / (1 + exp(-x)) in float32; silu and the product each rounded.
+struct SiluMulParams {
+  const void* gate; // [rows, columns], gate_stride between rows
+  const void* up;   // [rows, columns], up_stride between rows
+  void* out;        // [rows, columns] contiguous
+  int64_t rows, columns, gate_stride, up_stride;
   Dtype dtype;
 };
 
@@ -53,7 +76,13 @@ struct CopyPagesParams {
 };
 
 enum class Rule : int64_t { kQuota, kThreshold, kFactor };
-enum class Score : int64_t { kProbability, kRandom };
+// What a position is ranked by, and what is stored as its confidence. With p the softmax over the kept tokens:
+enum class Score : int64_t {
+  kProbability, // p of the candidate
+  kRandom,      // uniform noise
+  kMargin,      // the largest p minus the second, among the candidates
+  kEntropy,     // sum p log p, the negative entropy
+};
 
 // The decoding state of one sequence: one row of the int64 tensor `rows` of unmask, in this order.
 struct RowState {
@@ -70,21 +99,30 @@ struct RowState {
   int64_t masks_left;  // masks in the block now, lowered by unmask
   int64_t eos_at;      // out: position of the EOS that finishes the row, else -1
   int64_t bad_logits;  // out: rows of logits with NaN, +inf or no finite candidate; then nothing is committed
+  int64_t arrivals;    // 0 between calls: the CUDA kernel counts its blocks here
 };
 inline constexpr int64_t kRowFields = sizeof(RowState) / sizeof(int64_t);
 
 // One row of the float32 tensor `knobs` of unmask.
 struct RowKnobs {
-  float value;       // threshold or factor
-  float temperature; // 0: greedy
+  float value;               // threshold or factor
+  float temperature;         // of the noise that candidates are sampled with; 0: greedy
+  float softmax_temperature; // what confidence divides the logits by; 0 is taken as 1
+  float top_p;               // 0 and 1: off
+  float top_k;               // 0: off
 };
 inline constexpr int64_t kRowKnobs = sizeof(RowKnobs) / sizeof(float);
 
 // Confidence, candidate, selection, commit, masks left and EOS for every sequence that has rows of logits.
 // Row r of the logits belongs to position positions[r] of its sequence; a sequence without rows is left
 // alone.
-//   candidate  x = argmax over v != mask_id of l_v (T = 0) or l_v / T + g_v (T > 0); ties: the lowest id
-//   confidence c = exp(l_x - max l) / sum_v exp(l_v - max l), over the whole vocabulary
+//   kept       every token v with l_v >= floor; with z = l / softmax_temperature, the floor is the larger of
+//                top-p: the least l_v such that sum over { l_u > l_v } of softmax(z)_u <= top_p
+//                top-k: the least l_v such that fewer than top_k tokens have a larger logit
+//              but at most the best candidate's logit. Equal logits stay or go together, so no order of
+//              sorting matters. The mask counts as any token here.
+//   candidate  x = argmax over kept v != mask_id of l_v (T = 0) or l_v / T + g_v (T > 0); ties: the lowest id
+//   score      c by Score, from p = softmax of z over the kept tokens, mask_id included
 //   commit     the positions that the rule selects by (c descending, position ascending); at least one
 struct UnmaskParams {
   const void* logits;       // [logit_rows, vocab], logits_stride between rows
@@ -98,6 +136,8 @@ struct UnmaskParams {
   const int64_t* eos_ids;   // [eos_count], may be empty
   int32_t* candidate;       // scratch [logit_rows]
   float* score;             // scratch [logit_rows]: c, NaN where the logits are bad
+  float* floor;             // scratch [logit_rows], or nullptr: every token of every row is kept
+  float* partials;          // CUDA: scratch for the parts of rows that are split over blocks
   int64_t logit_rows, sequences, vocab, width, logits_stride, eos_count, mask_id;
   Dtype dtype; // of the logits
 };

@@ -12,7 +12,11 @@ int runtime_version(); // of the toolkit, as CUDART_VERSION; 0 without CUDA
 
 const char* rope_write_kv(const RopeWriteKvParams& p, void* stream);
 const char* paged_attention(const PagedAttentionParams& p, void* stream);
+int64_t paged_attention_scratch(const PagedAttentionParams& p); // floats that p.scratch has to have
 const char* unmask(const UnmaskParams& p, void* stream);
+int64_t unmask_partials(const UnmaskParams& p); // floats that p.partials has to have
+const char* rms_norm(const RmsNormParams& p, void* stream);
+const char* silu_mul(const SiluMulParams& p, void* stream);
 const char* copy_pages(const CopyPagesParams& p, void* stream);
 
 } // namespace fastdllm::cuda

@@ -15,7 +15,11 @@ int runtime_version() { return 0; }
 
 const char* rope_write_kv(const RopeWriteKvParams&, void*) { return kNoCuda; }
 const char* paged_attention(const PagedAttentionParams&, void*) { return kNoCuda; }
+int64_t paged_attention_scratch(const PagedAttentionParams&) { return 0; }
 const char* unmask(const UnmaskParams&, void*) { return kNoCuda; }
+int64_t unmask_partials(const UnmaskParams&) { return 0; }
+const char* rms_norm(const RmsNormParams&, void*) { return kNoCuda; }
+const char* silu_mul(const SiluMulParams&, void*) { return kNoCuda; }
 const char* copy_pages(const CopyPagesParams&, void*) { return kNoCuda; }
 
 } // namespace fastdllm::cuda

@@ -4,111 +4,308 @@
 //   k_pages, v_pages   [pages, kv_heads, page_size, head_dim]
 //   block_table [sequences, max_blocks], kv_lens [sequences], cu_seqlens_q [sequences + 1]
 //
-// A warp takes one query head of one query token and walks over the keys, kKeys at a time, with an online
-// softmax in float32. A lane holds dimensions lane, lane + 32, ... of q and of the output; a score is a sum
-// over the warp. Bytes: K and V of a sequence once per query head and token, out of the L2 cache mostly (the
-// floor is once per KV head).
+// Blocks (x, y, z): z is a sequence, y a KV head, x a tile of rows and a split of the keys
+// (attention_pipeline.h). The last z zeroes the tokens outside of all sequences. The rows of a sequence decide which of up to
+// three kernels takes it, so that its bits do not depend on the batch: each launch passes over the sequences of
+// the others. Where keys are split, merge_splits adds up the partial results by an exact log-sum-exp.
 //
-// Assumes q_heads % kv_heads == 0 and head_dim <= 256. Keys at kv_lens[b] and after are never read. A
-// sequence without keys, and a token outside all sequences, get zeros. No atomics and no split over keys: the
-// bits of a token depend on its own sequence alone.
+// Bytes: K and V of a sequence once for each tile of rows, from memory the first time. A block step of 32
+// queries without groups is one tile of 32 rows: bound by those bytes. Partial results are a quarter as many for
+// splits of 256 keys, and fewer for longer ones.
+//
+// Assumes q_heads % kv_heads == 0, head_dim a multiple of 8 up to 256, pages of 16, 32 or 64. Keys at
+// kv_lens[b] and after are never used. No atomics.
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 
-#include "cuda/device.h"
+#include "cuda/attention_tiles.h"
 #include "cuda/kernels.h"
 
 namespace fastdllm::cuda {
 namespace {
 
-constexpr int kWarps = 4; // a block
-constexpr int kKeys = 4;  // scored together, to have several loads in flight
+constexpr float kLog2e = 0x1.715476p+0f;
 
-// kPerLane * 32 >= head_dim
-template <class T, int kPerLane>
-__global__ void __launch_bounds__(kWarps* kWarp, 6) attend(PagedAttentionParams p) {
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (item >= p.tokens * p.q_heads)
+template <class Tile> struct SharedStart {
+  uint64_t barriers[kMaxStages];
+  alignas(16) SharedRow<typename Tile::Element, Tile::kDim> q[Tile::kRows];
+  typename Tile::Extra extra;
+};
+template <class Tile> constexpr size_t shared_bytes(int stages) {
+  return sizeof(SharedStart<Tile>) + stages * sizeof(typename Tile::Stage);
+}
+
+template <class T>
+__device__ void zero_rows(const PagedAttentionParams& p, const AttentionPlan& plan, int64_t first_token, int kv_head,
+                          int first_row, int rows) {
+  for (int r = threadIdx.x / kWarp; r < rows; r += kAttentionThreads / kWarp)
+    for (int d = threadIdx.x % kWarp; d < p.head_dim; d += kWarp)
+      static_cast<T*>(p.out)[row_offset(p, plan, first_token, kv_head, first_row + r) + d] = T{};
+}
+
+template <class Tile, bool kBulk>
+__global__ void __launch_bounds__(kAttentionThreads, kBlocksAtATime)
+    attend(PagedAttentionParams p, AttentionPlan plan) {
+  using T = typename Tile::Element;
+  constexpr int kDim = Tile::kDim, kRows = Tile::kRows, kKeys = Tile::kKeys;
+  const int64_t b = blockIdx.z;
+  const int kv_head = static_cast<int>(blockIdx.y), head_dim = static_cast<int>(p.head_dim);
+  if (b == p.sequences) {
+    for (int64_t token = p.cu_seqlens_q[b] + blockIdx.x; token < p.tokens && plan.above == 0; token += gridDim.x)
+      zero_rows<T>(p, plan, token, kv_head, 0, plan.group);
     return;
-  const int lane = threadIdx.x % kWarp, head_dim = static_cast<int>(p.head_dim);
-  const int64_t token = item / p.q_heads, kv_head = item % p.q_heads / (p.q_heads / p.kv_heads);
-  const int64_t b = sequence_of(token, p.cu_seqlens_q, p.sequences);
-  const int64_t kv_len = b < 0 ? 0 : p.kv_lens[b];
-  T* out = static_cast<T*>(p.out) + item * head_dim;
+  }
+  const SequenceWork work(p, plan, b, kRows, kKeys);
+  const int row_tile = static_cast<int>(blockIdx.x) / work.splits;
+  const int split = static_cast<int>(blockIdx.x) % work.splits;
+  if (row_tile >= work.row_tiles)
+    return;
+  const int first_row = row_tile * kRows, rows = Least{}(work.rows - first_row, kRows);
+  if (work.tiles == 0)
+    return zero_rows<T>(p, plan, work.first_token, kv_head, first_row, rows);
 
-  float q[kPerLane], o[kPerLane];
-  const T* q_row = static_cast<const T*>(p.q) + item * head_dim;
-  for (int i = 0; i < kPerLane; ++i) {
-    const int d = lane + i * kWarp;
-    q[i] = d < head_dim ? p.scale * to_float(q_row[d]) : 0.0f;
-    o[i] = 0;
+  auto& shared = shared_memory<SharedStart<Tile>>();
+  auto* stages = reinterpret_cast<typename Tile::Stage*>(&shared + 1);
+  KeyLoader<T, kDim, kKeys, kBulk> loader(p, b, kv_head);
+  const int first_tile = split * work.tiles_per_split;
+  const int end_tile = Least{}(first_tile + work.tiles_per_split, work.tiles);
+
+  if constexpr (kBulk) {
+    if (threadIdx.x == 0)
+      for (int i = 0; i < plan.stages; ++i) {
+        mbarrier_init(&shared.barriers[i], 1);
+        if (i < plan.stages - 1 && first_tile + i < end_tile)
+          mbarrier_arrive_expect(&shared.barriers[i], loader.bytes(first_tile + i));
+      }
+    __syncthreads();
+  }
+  for (int i = threadIdx.x; i < kRows * (kDim / kVector<T>); i += kAttentionThreads) {
+    const int row = i / (kDim / kVector<T>), column = i % (kDim / kVector<T>) * kVector<T>;
+    const bool inside = row < rows && column < head_dim;
+    const T* from = static_cast<const T*>(p.q);
+    if (inside)
+      from += row_offset(p, plan, work.first_token, kv_head, first_row + row) + column;
+    cp_async_16(&shared.q[row].x[column], from, inside);
+  }
+  loader.clear_padding(stages, plan.stages);
+  loader.find_pages(first_tile);
+  for (int i = 0; i < plan.stages - 1; ++i) {
+    if (first_tile + i < end_tile) {
+      loader.load(stages[i], first_tile + i, &shared.barriers[i]);
+      loader.find_pages(first_tile + i + 1);
+    }
+    cp_async_commit();
   }
 
-  float largest = -kLargest, sum = 0;
-  for (int64_t block = 0; block * p.page_size < kv_len; ++block) {
-    const int64_t page = p.block_table[b * p.max_blocks + block];
-    const int64_t base = (page * p.kv_heads + kv_head) * p.page_size * head_dim;
-    const T* keys = static_cast<const T*>(p.k_pages) + base;
-    const T* values = static_cast<const T*>(p.v_pages) + base;
-    const int64_t left = kv_len - block * p.page_size;
-    const int count = static_cast<int>(left < p.page_size ? left : p.page_size);
-    for (int first = 0; first < count; first += kKeys) {
-      float s[kKeys];
-      for (int j = 0; j < kKeys; ++j) {
-        s[j] = 0;
-        if (first + j < count)
-          for (int i = 0; i < kPerLane; ++i) {
-            const int d = lane + i * kWarp;
-            if (d < head_dim)
-              s[j] += q[i] * to_float(keys[(first + j) * head_dim + d]);
-          }
-      }
-      float top = largest;
-      for (int j = 0; j < kKeys; ++j) {
-        s[j] = first + j < count ? warp_reduce(s[j], Sum{}) : -INFINITY;
-        top = fmaxf(top, s[j]);
-      }
-      const float shrink = expf(largest - top);
-      largest = top;
-      sum *= shrink;
-      for (int i = 0; i < kPerLane; ++i)
-        o[i] *= shrink;
-      for (int j = 0; j < kKeys && first + j < count; ++j) {
-        const float weight = expf(s[j] - largest);
-        sum += weight;
-        for (int i = 0; i < kPerLane; ++i) {
-          const int d = lane + i * kWarp;
-          if (d < head_dim)
-            o[i] += weight * to_float(values[(first + j) * head_dim + d]);
-        }
-      }
+  Tile tile;
+  int stage = 0, round = 0; // of `t`; the barrier's phase
+  for (int t = first_tile; t < end_tile; ++t) {
+    const int next = t + plan.stages - 1, next_stage = stage > 0 ? stage - 1 : plan.stages - 1;
+    if constexpr (kBulk) {
+      cp_async_wait<0>(); // the queries
+      mbarrier_wait(&shared.barriers[stage], round & 1);
+      if (threadIdx.x == 0 && next < end_tile)
+        mbarrier_arrive_expect(&shared.barriers[next_stage], loader.bytes(next));
+    } else if (plan.stages == 2) {
+      cp_async_wait<0>();
+    } else {
+      cp_async_wait<1>();
+    }
+    __syncthreads(); // tile t is there for all, and all are done with t - 1, whose stage is filled next
+    if (next < end_tile) {
+      loader.load(stages[next_stage], next, &shared.barriers[next_stage]);
+      loader.find_pages(next + 1);
+    }
+    cp_async_commit();
+    if (t == first_tile)
+      tile.begin(shared.q, shared.extra);
+    tile.step(stages[stage], work.kv_len - t * kKeys, p.scale * kLog2e, shared.extra);
+    if (++stage == plan.stages) {
+      stage = 0;
+      ++round;
     }
   }
-  const float normalizer = kv_len > 0 ? 1.0f / sum : 0.0f;
-  for (int i = 0; i < kPerLane; ++i) {
-    const int d = lane + i * kWarp;
-    if (d < head_dim)
-      out[d] = from_float<T>(o[i] * normalizer);
-  }
+
+  float* partial = work.splits > 1 ? partial_rows(p, plan, work, b, kv_head, row_tile, split, kRows) : nullptr;
+  tile.finish(rows, head_dim, stages, [&](int row, float largest, float sum) {
+    return RowWriter<T>(static_cast<T*>(p.out) + row_offset(p, plan, work.first_token, kv_head, first_row + row),
+                        partial ? partial + row * (p.head_dim + 2) : nullptr, head_dim, largest, sum);
+  });
 }
 
-template <class T> const char* attend_all(const PagedAttentionParams& p, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((p.tokens * p.q_heads + kWarps - 1) / kWarps);
-  if (p.head_dim <= 64)
-    return launch(attend<T, 2>, dim3(blocks), kWarps * kWarp, 0, stream, p);
-  if (p.head_dim <= 128)
-    return launch(attend<T, 4>, dim3(blocks), kWarps * kWarp, 0, stream, p);
-  return launch(attend<T, 8>, dim3(blocks), kWarps * kWarp, 0, stream, p);
+// A warp a row: out = sum_s w_s o_s / sum_s w_s sum_s with w_s = 2^(largest_s - largest of all).
+template <class Tile>
+__global__ void __launch_bounds__(kAttentionThreads) merge_splits(PagedAttentionParams p, AttentionPlan plan) {
+  using T = typename Tile::Element;
+  const int64_t b = blockIdx.y;
+  const SequenceWork work(p, plan, b, Tile::kRows, Tile::kKeys);
+  const int item = static_cast<int>(blockIdx.x * (kAttentionThreads / kWarp) + threadIdx.x / kWarp);
+  if (work.splits == 1 || item >= work.rows * p.kv_heads)
+    return;
+  const int kv_head = item / work.rows, row = item % work.rows;
+  const int lane = threadIdx.x % kWarp, head_dim = static_cast<int>(p.head_dim);
+  const int64_t stride = Tile::kRows * (p.head_dim + 2); // between splits
+  const float* partial = partial_rows(p, plan, work, b, kv_head, row / Tile::kRows, 0, Tile::kRows) +
+                         row % Tile::kRows * (p.head_dim + 2);
+  float largest = -kLargest, sum = 0;
+  if (lane < work.splits) {
+    largest = partial[lane * stride + head_dim];
+    sum = partial[lane * stride + head_dim + 1];
+  }
+  const float weight = exp2f(largest - warp_reduce(largest, Largest{}));
+  const float factor = 1.0f / warp_reduce(weight * sum, Sum{});
+  T* out = static_cast<T*>(p.out) + row_offset(p, plan, work.first_token, kv_head, row);
+  constexpr int kColumns = Tile::kDim / kWarp;
+  float o[kColumns] = {};
+  for (int s = 0; s < work.splits; ++s) {
+    const float w = __shfl_sync(kAllLanes, weight, s);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      if (lane + c * kWarp < head_dim)
+        o[c] += w * partial[s * stride + lane + c * kWarp];
+  }
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c)
+    if (lane + c * kWarp < head_dim)
+      out[lane + c * kWarp] = from_float<T>(o[c] * factor);
 }
+
+// ---------------------------------------------------------------------------------------------------------
+// Launching
+// ---------------------------------------------------------------------------------------------------------
+
+struct DeviceFacts {
+  int multiprocessors = 0, shared_of_block = 0, shared_of_all = 0, major = 0;
+};
+
+const char* device_facts(DeviceFacts& facts) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&value, attribute, device);
+  };
+  ask(facts.multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(facts.shared_of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(facts.shared_of_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  ask(facts.major, cudaDevAttrComputeCapabilityMajor);
+  return error_text(error);
+}
+
+// Rows of a tile in the kernel that takes a sequence of so many rows.
+constexpr int64_t kNarrowRows = 32, kMiddleRows = 64, kWideRows = 128;
+
+int64_t longest_rows(const PagedAttentionParams& p) { return p.max_seqlen_q * (p.q_heads / p.kv_heads); }
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Tiles of partial results that any sequence needs at most; a kernel of fewer rows a tile needs no more.
+int64_t partial_tiles(const PagedAttentionParams& p, const DeviceFacts& facts, int64_t rows) {
+  const int64_t row_tiles = (longest_rows(p) + rows - 1) / rows;
+  return least(facts.multiprocessors * kBlocksAtATime, p.kv_heads * row_tiles * kMaxSplits);
+}
+int64_t most_tile_rows(const PagedAttentionParams& p) {
+  const int64_t rows = longest_rows(p);
+  return rows <= kNarrowRows ? kNarrowRows : rows <= kMiddleRows ? kMiddleRows : kWideRows;
+}
+
+struct Launcher {
+  const PagedAttentionParams& p;
+  const DeviceFacts& facts;
+  cudaStream_t stream;
+
+  // Three stages where kBlocksAtATime blocks have room for them; two always have it for one (99 KiB).
+  template <class Tile> int stages() const {
+    constexpr size_t kReserved = 1 << 10, kLeastOfBlock = 99 << 10; // bytes a block
+    static_assert(shared_bytes<Tile>(2) <= kLeastOfBlock);
+    const size_t bytes = shared_bytes<Tile>(kMaxStages);
+    const bool fit = bytes <= static_cast<size_t>(facts.shared_of_block) &&
+                     (bytes + kReserved) * kBlocksAtATime <= static_cast<size_t>(facts.shared_of_all);
+    return fit ? kMaxStages : 2;
+  }
+
+  // Sequences with more than `above` and at most `upto` rows.
+  template <class Tile, bool kBulk> const char* run(int64_t above, int64_t upto) const {
+    const int64_t rows = least(longest_rows(p), upto);
+    if (rows <= above && above > 0) // the first launch also zeroes the tokens outside of all sequences
+      return nullptr;
+    AttentionPlan plan{};
+    plan.above = static_cast<int>(above);
+    plan.upto = static_cast<int>(upto);
+    plan.group = static_cast<int>(p.q_heads / p.kv_heads);
+    plan.slots = facts.multiprocessors * kBlocksAtATime;
+    plan.tiles_per_sequence = static_cast<int>(partial_tiles(p, facts, most_tile_rows(p)));
+    plan.stages = stages<Tile>();
+    // row tiles times splits is at most their number without splits, or what fills the device
+    const int64_t row_tiles = rows > 0 ? (rows + Tile::kRows - 1) / Tile::kRows : 1;
+    const int64_t filling = least(plan.slots / p.kv_heads, row_tiles * kMaxSplits);
+    const dim3 grid(static_cast<unsigned>(row_tiles > filling ? row_tiles : filling),
+                    static_cast<unsigned>(p.kv_heads), static_cast<unsigned>(p.sequences + 1));
+    if (const char* error = launch(attend<Tile, kBulk>, grid, kAttentionThreads,
+                                   shared_bytes<Tile>(plan.stages), stream, p, plan))
+      return error;
+    const int64_t split_rows = least(rows * p.kv_heads, plan.slots / 2 * Tile::kRows); // at most, of all heads
+    if (filling < 2 || split_rows == 0 || p.sequences == 0)
+      return nullptr;
+    constexpr int kWarps = kAttentionThreads / kWarp;
+    const dim3 merge_grid(static_cast<unsigned>((split_rows + kWarps - 1) / kWarps),
+                          static_cast<unsigned>(p.sequences));
+    return launch(merge_splits<Tile>, merge_grid, kAttentionThreads, 0, stream, p, plan);
+  }
+
+  template <class T, int kDim> const char* run_all() const {
+    constexpr int64_t kNoEnd = 0x7fffffff;
+    if constexpr (sizeof(T) == 4) {
+      return run<FloatTile<kDim>, false>(0, kNoEnd);
+    } else {
+      using Narrow = TensorTile<T, kDim, 2, 1>;
+      static_assert(Narrow::kRows == kNarrowRows);
+      constexpr bool kHasOthers = kDim <= 128; // beyond, registers and shared memory allow no more rows
+      const int64_t upto = kHasOthers ? kNarrowRows : kNoEnd;
+      const char* copy = std::getenv("FASTDLLM_CUDA_COPY");
+      const bool bulk = copy && std::strcmp(copy, "bulk") == 0 && facts.major >= 9;
+      const char* error = bulk ? run<Narrow, true>(0, upto) : run<Narrow, false>(0, upto);
+      if constexpr (kHasOthers) {
+        using Middle = TensorTile<T, kDim, 4, 1>;
+        using Wide = TensorTile<T, kDim, 4, 2>;
+        static_assert(Middle::kRows == kMiddleRows && Wide::kRows == kWideRows);
+        if (!error)
+          error = run<Middle, false>(kNarrowRows, kMiddleRows);
+        if (!error)
+          error = run<Wide, false>(kMiddleRows, kNoEnd);
+      }
+      return error;
+    }
+  }
+};
 
 } // namespace
+
+int64_t paged_attention_scratch(const PagedAttentionParams& p) {
+  DeviceFacts facts;
+  if (device_facts(facts) || p.kv_heads == 0 || p.q_heads == 0)
+    return 0;
+  const int64_t rows = most_tile_rows(p);
+  return p.sequences * partial_tiles(p, facts, rows) * rows * (p.head_dim + 2);
+}
 
 const char* paged_attention(const PagedAttentionParams& p, void* stream) {
   if (p.head_dim > 256)
     return "head_dim is above 256";
   if (p.tokens == 0 || p.q_heads == 0)
     return nullptr;
-  const auto on = static_cast<cudaStream_t>(stream);
-  return by_dtype(p.dtype, [&](auto element) { return attend_all<decltype(element)>(p, on); });
+  DeviceFacts facts;
+  if (const char* error = device_facts(facts))
+    return error;
+  const Launcher launcher{p, facts, static_cast<cudaStream_t>(stream)};
+  return by_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    return p.head_dim <= 64    ? launcher.run_all<T, 64>()
+           : p.head_dim <= 96  ? launcher.run_all<T, 96>()
+           : p.head_dim <= 128 ? launcher.run_all<T, 128>()
+                               : launcher.run_all<T, 256>();
+  });
 }
 
 } // namespace fastdllm::cuda
