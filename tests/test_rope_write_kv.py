@@ -53,7 +53,8 @@ def test_against_float64(backend: Backend, head_dim: int, page_size: int, tokens
         )
         out = backend.run("rope_write_kv", *args)
         written = ~wanted_k.isnan()
-        assert torch.equal(~k_pages.isnan(), written), "no slot written that was not asked for"
+        for pages in (k_pages, v_pages):
+            assert torch.equal(~pages.isnan(), written), "no slot written that was not asked for"
         assert torch.equal(v_pages.double()[written], wanted_v[written])
         assert out.is_contiguous()
         if tokens:
@@ -64,18 +65,87 @@ def test_against_float64(backend: Backend, head_dim: int, page_size: int, tokens
 
 @each_compiled
 def test_rounded_once_as_the_reference(backend: Backend) -> None:
-    args = make(40, dtype=torch.bfloat16)
+    for dtype in backend.dtypes:
+        assert_as_the_reference(backend, make(40, dtype=dtype))
+
+
+def assert_as_the_reference(backend: Backend, args: list) -> None:
+    """The same bits, in pages too."""
     again = [x.clone() for x in args]
     assert torch.equal(backend.run("rope_write_kv", *args), reference.rope_write_kv(*again))
-    assert torch.equal(args[-2].nan_to_num(), again[-2].nan_to_num())
+    for pages, wanted in zip(args[-2:], again[-2:], strict=True):
+        assert torch.equal(pages.isnan(), wanted.isnan())
+        assert torch.equal(pages.nan_to_num(), wanted.nan_to_num())
 
 
 @each_backend
-def test_partial_rotation(backend: Backend) -> None:
-    args = make(20, head_dim=128, rotary_dim=64)
-    out = backend.run("rope_write_kv", *args)
-    assert torch.equal(out[..., 64:], args[0][..., 64:])
-    assert not torch.equal(out[..., :64], args[0][..., :64])
+@pytest.mark.parametrize("head_dim, rotary_dim", [(128, 64), (64, 48), (64, 2), (24, 10), (256, 254)])
+def test_partial_rotation(backend: Backend, head_dim: int, rotary_dim: int) -> None:
+    for dtype in backend.dtypes:
+        args = make(20, head_dim=head_dim, rotary_dim=rotary_dim, dtype=dtype)
+        q = args[0]
+        assert_as_the_reference(backend, args)
+        out = backend.run("rope_write_kv", *args)
+        assert torch.equal(out[..., rotary_dim:], q[..., rotary_dim:])
+        assert not torch.equal(out[..., :rotary_dim], q[..., :rotary_dim])
+
+
+@each_compiled
+def test_every_slot_of_a_page(backend: Backend) -> None:
+    for page_size in (16, 32, 64):
+        args = make(3 * page_size, page_size=page_size, head_dim=8)
+        args[6] = torch.arange(3 * page_size).flip(0)
+        assert_as_the_reference(backend, args)
+
+
+@each_compiled
+def test_nothing_lies_on_16_bytes(backend: Backend) -> None:
+    """The same bits wherever tensors begin, and however far tokens lie apart."""
+    for dtype in backend.dtypes:
+        args = make(9, dtype=dtype)
+        wanted = [x.clone() for x in args]
+        out = backend.run("rope_write_kv", *wanted)
+        for index in (0, 1, 2, 3, 4, 7, 8):
+            moved = [x.clone() for x in args]
+            x = moved[index]
+            moved[index] = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+            assert torch.equal(backend.run("rope_write_kv", *moved), out)
+            for a, b in zip(moved[-2:], wanted[-2:], strict=True):
+                assert torch.equal(a.nan_to_num(), b.nan_to_num())
+        odd = [x.clone() for x in args]
+        wide = torch.full((9, odd[1][0].numel() + 3), torch.nan, dtype=dtype)
+        wide[:, : odd[1][0].numel()] = odd[1].flatten(1)
+        odd[1] = wide.as_strided(odd[1].shape, (wide.shape[1], odd[1].shape[2], 1))
+        backend.run("rope_write_kv", *odd)
+        assert torch.equal(odd[-2].nan_to_num(), wanted[-2].nan_to_num())
+
+
+def dream(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Dream's modules: a table in the activations' dtype, every product and sum rounded to it."""
+    c, s = (t.to(x.dtype)[:, None].repeat(1, 1, 2) for t in (cos, sin))
+    a, b = x.chunk(2, dim=-1)
+    return x * c + torch.cat((-b, a), dim=-1) * s
+
+
+@each_compiled
+def test_a_table_in_bfloat16_is_dreams_convention(backend: Backend) -> None:
+    """Exact in float32; in bfloat16 as near as ops.py says, and nearer to float64 than the modules are."""
+    cos, sin = (x.bfloat16().float() for x in rope_table(500, 64, 1e6, torch.device("cpu")))
+    for dtype in (torch.float32, torch.bfloat16):
+        args = make(200, dtype=dtype)
+        args[3:5] = cos, sin
+        out, q = backend.run("rope_write_kv", *args), args[0]
+        at_c, at_s = (x[args[5]] for x in (cos, sin))
+        modules, exact = dream(q, at_c, at_s), dream(q.double(), at_c.double(), at_s.double())
+        if dtype == torch.float32:
+            assert torch.equal(out, modules)
+            continue
+        a, b = q.double().abs().chunk(2, dim=-1)
+        c, s = at_c[:, None].double().abs(), at_s[:, None].double().abs()
+        products = torch.cat((a * c + b * s, b * c + a * s), dim=-1)
+        assert ((out.double() - modules.double()).abs() <= 3 * 2**-8 * products).all()
+        assert ((out.double() - exact).abs() <= 2**-8 * exact.abs() * (1 + 1e-3) + 1e-7).all()
+        assert relative_error(out, exact) < relative_error(modules, exact)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,11 @@ namespace fastdllm::cpu {
   void rope_write_kv(const RopeWriteKvParams&, int64_t, int64_t);                                            \
   void paged_attention(const PagedAttentionParams&, int64_t, int64_t);                                       \
   void score_logits(const UnmaskParams&, int64_t, int64_t);                                                  \
+  void rms_norm(const RmsNormParams&, int64_t, int64_t);                                                     \
+  void silu_mul(const SiluMulParams&, int64_t, int64_t);                                                     \
   }
 #define FASTDLLM_ENTRY(isa)                                                                                  \
-  Kernels { #isa, isa::rope_write_kv, isa::paged_attention, isa::score_logits }
+  Kernels { #isa, isa::rope_write_kv, isa::paged_attention, isa::score_logits, isa::rms_norm, isa::silu_mul }
 
 FASTDLLM_DECLARE(portable)
 #ifdef FASTDLLM_X86

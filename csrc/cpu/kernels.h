@@ -13,6 +13,8 @@ struct Kernels {
   void (*rope_write_kv)(const RopeWriteKvParams&, int64_t begin, int64_t end);
   void (*paged_attention)(const PagedAttentionParams&, int64_t begin, int64_t end);
   void (*score_logits)(const UnmaskParams&, int64_t begin, int64_t end);
+  void (*rms_norm)(const RmsNormParams&, int64_t begin, int64_t end); // items: rows
+  void (*silu_mul)(const SiluMulParams&, int64_t begin, int64_t end); // items: rows
 };
 
 // Work items of each kernel.
@@ -26,7 +28,9 @@ inline constexpr int64_t kAttentionTileRows = 64;
 // Memory of the calling thread, 64-byte aligned, grown on demand and kept; what it holds is lost on return.
 void* scratch(int64_t bytes);
 
-// unmask = score_logits over all rows of logits, then commit over all sequences.
+// unmask = filter, where there is one, and score_logits over all rows of logits, then commit over all
+// sequences.
+void filter(const UnmaskParams& p, int64_t begin, int64_t end);
 void commit(const UnmaskParams& p, int64_t begin, int64_t end);
 void copy_pages(const CopyPagesParams& p, int64_t begin, int64_t end); // items: pairs * outer
 

@@ -117,6 +117,10 @@ inline U32 round_to_bf16(F32 x) {
   return (U32)select(x == x, (I32)rounded, (I32)((u >> 16) | 0x40u));
 }
 
+// What is left of x once it has been stored as T.
+template <class T> inline F32 rounded(F32 x) { return x; }
+template <> inline F32 rounded<BFloat16>(F32 x) { return (F32)(round_to_bf16(x) << 16); }
+
 inline void store(BFloat16* p, F32 x) {
   const U16 r = __builtin_convertvector(round_to_bf16(x), U16);
   __builtin_memcpy(p, &r, sizeof r);
@@ -133,6 +137,17 @@ template <class T> inline void store_first(T* p, int64_t n, F32 x) {
   T head[kLanes];
   store(head, x);
   __builtin_memcpy(p, head, n * sizeof(T));
+}
+
+// The same for `left` elements where those are fewer than kLanes, else for kLanes.
+template <class T> inline F32 load_up_to(const T* p, int64_t left) {
+  return left < kLanes ? load_first(p, left) : load(p);
+}
+template <class T> inline void store_up_to(T* p, int64_t left, F32 x) {
+  if (left < kLanes)
+    store_first(p, left, x);
+  else
+    store(p, x);
 }
 
 inline float to_float(float x) { return x; }

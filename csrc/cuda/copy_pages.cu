@@ -29,8 +29,7 @@ template <class Unit> __global__ void __launch_bounds__(kThreads) copy(CopyPages
 template <class Unit> const char* copy_all(const CopyPagesParams& p, cudaStream_t stream) {
   const int64_t units = p.page_bytes / static_cast<int64_t>(sizeof(Unit));
   const int64_t shares = (units + kThreads * kUnitsPerThread - 1) / (kThreads * kUnitsPerThread);
-  const dim3 grid(static_cast<unsigned>(p.pairs * p.outer),
-                  static_cast<unsigned>(shares < 1024 ? shares : 1024));
+  const dim3 grid(grid_size(p.pairs * p.outer), grid_size(shares < 1024 ? shares : 1024));
   return launch(copy<Unit>, grid, kThreads, 0, stream, p);
 }
 

@@ -51,6 +51,32 @@ template <class T> inline constexpr int kVector = 16 / static_cast<int>(sizeof(T
 template <class T> using Vector = Pack<T, kVector<T>>;
 
 inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+// Whether rows that lie `stride` elements apart all begin where a Vector may.
+template <class T> bool is_whole(const void* p, int64_t stride) {
+  return is_aligned(p, sizeof(Vector<T>)) && stride % kVector<T> == 0;
+}
+
+// Elements first, first + 1, ... of a row of `length`, zeros past its end. kWhole: it is_whole, and its
+// length is a multiple of kVector; else element by element.
+template <bool kWhole, class T>
+__device__ __forceinline__ Vector<T> load_vector(const T* row, int64_t first, int64_t length) {
+  Vector<T> v;
+  if constexpr (kWhole)
+    v = *reinterpret_cast<const Vector<T>*>(row + first);
+  else
+    for (int j = 0; j < kVector<T>; ++j)
+      v.x[j] = first + j < length ? row[first + j] : T{};
+  return v;
+}
+template <bool kWhole, class T>
+__device__ __forceinline__ void store_vector(T* row, int64_t first, int64_t length, const Vector<T>& v) {
+  if constexpr (kWhole)
+    *reinterpret_cast<Vector<T>*>(row + first) = v;
+  else
+    for (int j = 0; j < kVector<T>; ++j)
+      if (first + j < length)
+        row[first + j] = v.x[j];
+}
 
 // ---------------------------------------------------------------------------------------------------------
 // Shared memory is always dynamic: one object of type Shared at its start, sizeof(Shared) and more at launch.
@@ -119,6 +145,11 @@ __device__ __forceinline__ int64_t sequence_of(int64_t i, const int32_t* offsets
 
 inline const char* error_text(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// A count of blocks; one that is too large stays so, and the launch fails.
+inline unsigned grid_size(int64_t blocks) {
+  return static_cast<unsigned>(blocks < 0xffffffff ? blocks : 0xffffffff);
 }
 
 // Launches kernel(args...); the error text, or nullptr.

@@ -54,6 +54,10 @@ std::string shape_text(const Tensor& t) {
   return text.str();
 }
 
+bool is_same_shape(const Tensor& a, const Tensor& b) {
+  return std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin(), b.sizes().end());
+}
+
 constexpr int64_t kAny = -1;
 
 // Whether the CUDA kernels work on it.
@@ -108,6 +112,23 @@ struct Checker {
     device(t, name);
     same_dtype(t, name);
     return t.stride(0);
+  }
+  // [..., columns] whose rows are evenly spaced; returns the stride between them.
+  int64_t row_stride(const Tensor& t, const char* name) const {
+    const int64_t last = t.dim() - 1;
+    check(t.size(last) <= 1 || t.stride(last) == 1, op, ": ", name, " has strided columns");
+    device(t, name);
+    same_dtype(t, name);
+    int64_t stride = t.size(last), rows = 1;
+    for (int64_t i = last - 1; i >= 0; --i) {
+      if (t.size(i) == 1)
+        continue;
+      if (rows == 1)
+        stride = t.stride(i);
+      check(t.stride(i) == stride * rows, op, ": ", name, " has unevenly spaced rows");
+      rows *= t.size(i);
+    }
+    return stride;
   }
   // [pages, kv_heads, page_size, head_dim]
   void pages(const Tensor& t, const char* name, int64_t kv_heads, int64_t head_dim) const {
@@ -175,17 +196,35 @@ void* current_cuda_stream(int32_t device) {
   return stream;
 }
 
+struct Named {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// f() with the device of `t` current.
+template <class F> auto on_device(const Tensor& t, const F& f) {
+  if constexpr (kEmulated) {
+    return f();
+  } else {
+    const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
+    return f();
+  }
+}
+
+// On the first tensor's device and its current stream. An error names the operation and all shapes.
 template <class Params>
 void launch_cuda(const char* op, const char* (*launcher)(const Params&, void*), const Params& params,
-                 const Tensor& on) {
-  const char* error = nullptr;
-  if constexpr (kEmulated) {
-    error = launcher(params, nullptr);
-  } else {
-    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-    error = launcher(params, current_cuda_stream(on.get_device_index()));
-  }
-  check(error == nullptr, op, ": ", error ? error : "", " (first argument ", shape_text(on), ")");
+                 std::initializer_list<Named> tensors) {
+  const Tensor& first = tensors.begin()->tensor;
+  const char* error = on_device(first, [&] {
+    return launcher(params, kEmulated ? nullptr : current_cuda_stream(first.get_device_index()));
+  });
+  if (error == nullptr)
+    return;
+  std::ostringstream shapes;
+  for (const Named& t : tensors)
+    shapes << (shapes.tellp() ? ", " : "") << t.name << ' ' << shape_text(t.tensor);
+  check(false, op, ": ", error, " (", shapes.str(), ")");
 }
 
 // Splits the work list over torch's threads. `nanoseconds` is a rough estimate for one item on one core: a
@@ -250,7 +289,16 @@ Tensor rope_write_kv(const Tensor q, const Tensor k, const Tensor v, const Tenso
                                            .v_stride = v_stride,
                                            .dtype = dtype};
   if (for_cuda(q)) {
-    launch_cuda(op, fastdllm::cuda::rope_write_kv, params, q);
+    launch_cuda(op, fastdllm::cuda::rope_write_kv, params,
+                {{"q", q},
+                 {"k", k},
+                 {"v", v},
+                 {"cos", cos},
+                 {"sin", sin},
+                 {"positions", positions},
+                 {"slots", slots},
+                 {"k_pages", k_pages},
+                 {"v_pages", v_pages}});
   } else {
     check_range(op, "positions", params.positions, tokens, 0, cos.size(0));
     check_range(op, "slots", params.slots, tokens, INT64_MIN, k_pages.size(0) * k_pages.size(2));
@@ -281,25 +329,36 @@ Tensor paged_attention(const Tensor q, const Tensor k_pages, const Tensor v_page
   is.int32(cu_seqlens_q, "cu_seqlens_q", {sequences + 1});
 
   Tensor out = torch::stable::new_empty(q, {q.size(0), q_heads, head_dim});
-  const fastdllm::PagedAttentionParams params{.q = q.const_data_ptr(),
-                                              .k_pages = k_pages.const_data_ptr(),
-                                              .v_pages = v_pages.const_data_ptr(),
-                                              .block_table = data<int32_t>(block_table),
-                                              .kv_lens = data<int32_t>(kv_lens),
-                                              .cu_seqlens_q = data<int32_t>(cu_seqlens_q),
-                                              .out = out.mutable_data_ptr(),
-                                              .tokens = q.size(0),
-                                              .sequences = sequences,
-                                              .max_blocks = block_table.size(1),
-                                              .max_seqlen_q = max_seqlen_q,
-                                              .q_heads = q_heads,
-                                              .kv_heads = kv_heads,
-                                              .head_dim = head_dim,
-                                              .page_size = page_size,
-                                              .scale = static_cast<float>(scale),
-                                              .dtype = dtype};
+  fastdllm::PagedAttentionParams params{.q = q.const_data_ptr(),
+                                        .k_pages = k_pages.const_data_ptr(),
+                                        .v_pages = v_pages.const_data_ptr(),
+                                        .block_table = data<int32_t>(block_table),
+                                        .kv_lens = data<int32_t>(kv_lens),
+                                        .cu_seqlens_q = data<int32_t>(cu_seqlens_q),
+                                        .out = out.mutable_data_ptr(),
+                                        .scratch = nullptr,
+                                        .tokens = q.size(0),
+                                        .sequences = sequences,
+                                        .max_blocks = block_table.size(1),
+                                        .max_seqlen_q = max_seqlen_q,
+                                        .q_heads = q_heads,
+                                        .kv_heads = kv_heads,
+                                        .head_dim = head_dim,
+                                        .page_size = page_size,
+                                        .scale = static_cast<float>(scale),
+                                        .dtype = dtype};
   if (for_cuda(q)) {
-    launch_cuda(op, fastdllm::cuda::paged_attention, params, q);
+    check(max_seqlen_q >= 0, op, ": max_seqlen_q ", max_seqlen_q, "; takes 0 or more");
+    const int64_t floats = on_device(q, [&] { return fastdllm::cuda::paged_attention_scratch(params); });
+    Tensor scratch = torch::stable::new_empty(q, {floats}, ScalarType::Float);
+    params.scratch = mutable_data<float>(scratch);
+    launch_cuda(op, fastdllm::cuda::paged_attention, params,
+                {{"q", q},
+                 {"k_pages", k_pages},
+                 {"v_pages", v_pages},
+                 {"block_table", block_table},
+                 {"kv_lens", kv_lens},
+                 {"cu_seqlens_q", cu_seqlens_q}});
     return out;
   }
   check_offsets(op, "cu_seqlens_q", params.cu_seqlens_q, sequences, q.size(0));
@@ -325,7 +384,8 @@ Tensor paged_attention(const Tensor q, const Tensor k_pages, const Tensor v_page
 }
 
 void unmask(const Tensor logits, const Tensor cu_rows, const Tensor positions, Tensor tokens, Tensor step_map,
-            Tensor confidence, Tensor rows, Tensor knobs, const Tensor eos_ids, int64_t mask_id) {
+            Tensor confidence, Tensor rows, const Tensor knobs, const Tensor eos_ids, int64_t mask_id,
+            bool filtered) {
   const char* op = "unmask";
   const Checker is{op, logits};
   const Dtype dtype = is.dtype(logits, "logits");
@@ -346,7 +406,8 @@ void unmask(const Tensor logits, const Tensor cu_rows, const Tensor positions, T
 
   Tensor candidate = torch::stable::new_empty(logits, {logit_rows}, ScalarType::Int);
   Tensor score = torch::stable::new_empty(logits, {logit_rows}, ScalarType::Float);
-  const fastdllm::UnmaskParams params{.logits = logits.const_data_ptr(),
+  Tensor floor = torch::stable::new_empty(logits, {filtered ? logit_rows : 0}, ScalarType::Float);
+  fastdllm::UnmaskParams params{.logits = logits.const_data_ptr(),
                                       .cu_rows = data<int32_t>(cu_rows),
                                       .positions = data<int64_t>(positions),
                                       .tokens = mutable_data<int64_t>(tokens),
@@ -357,6 +418,8 @@ void unmask(const Tensor logits, const Tensor cu_rows, const Tensor positions, T
                                       .eos_ids = data<int64_t>(eos_ids),
                                       .candidate = mutable_data<int32_t>(candidate),
                                       .score = mutable_data<float>(score),
+                                      .floor = filtered ? mutable_data<float>(floor) : nullptr,
+                                      .partials = nullptr,
                                       .logit_rows = logit_rows,
                                       .sequences = sequences,
                                       .vocab = vocab,
@@ -365,8 +428,21 @@ void unmask(const Tensor logits, const Tensor cu_rows, const Tensor positions, T
                                       .eos_count = eos_ids.size(0),
                                       .mask_id = mask_id,
                                       .dtype = dtype};
-  if (for_cuda(logits))
-    return launch_cuda(op, fastdllm::cuda::unmask, params, logits);
+  if (for_cuda(logits)) {
+    Tensor partials =
+        torch::stable::new_empty(logits, {fastdllm::cuda::unmask_partials(params)}, ScalarType::Float);
+    params.partials = mutable_data<float>(partials);
+    return launch_cuda(op, fastdllm::cuda::unmask, params,
+                       {{"logits", logits},
+                        {"cu_rows", cu_rows},
+                        {"positions", positions},
+                        {"tokens", tokens},
+                        {"step_map", step_map},
+                        {"confidence", confidence},
+                        {"rows", rows},
+                        {"knobs", knobs},
+                        {"eos_ids", eos_ids}});
+  }
   check_offsets(op, "cu_rows", params.cu_rows, sequences, logit_rows);
   check_range(op, "positions", params.positions, logit_rows, 0, width);
   for (int64_t b = 0; b < sequences; ++b) {
@@ -374,9 +450,78 @@ void unmask(const Tensor logits, const Tensor cu_rows, const Tensor positions, T
     check(row.first >= 0 && row.first <= row.end && row.end <= width, op, ": rows[", b, "] has first ",
           row.first, " and end ", row.end, "; takes 0 <= first <= end <= ", width);
   }
+  if (filtered)
+    run_cpu(fastdllm::cpu::filter, params, logit_rows, 20.0 * vocab);
   run_cpu(fastdllm::cpu::kernels().score_logits, params, fastdllm::cpu::score_logits_items(params),
           0.2 * vocab);
   run_cpu(fastdllm::cpu::commit, params, sequences, 1e3);
+}
+
+// With a residual add_rms_norm, without one rms_norm.
+Tensor normalise(const char* op, const Tensor& x, const Tensor* residual, const Tensor& weight, double eps) {
+  const Checker is{op, x};
+  const Dtype dtype = is.dtype(x, "x");
+  check(x.dim() >= 1, op, ": x is a scalar; takes [..., hidden]");
+  const int64_t hidden = x.size(-1);
+  check(hidden > 0, op, ": x has shape ", shape_text(x), "; takes rows of 1 or more");
+  is.tensor(weight, "weight", x.scalar_type(), "that of x", {hidden});
+  if (residual) {
+    check(is_same_shape(*residual, x), op, ": residual has shape ", shape_text(*residual),
+          "; takes that of x, ", shape_text(x));
+    check(residual->is_contiguous(), op, ": residual is not contiguous");
+    is.device(*residual, "residual");
+    is.same_dtype(*residual, "residual");
+  }
+  Tensor out = torch::stable::new_empty(x, x.sizes());
+  const fastdllm::RmsNormParams params{.x = x.const_data_ptr(),
+                                       .residual = residual ? residual->mutable_data_ptr() : nullptr,
+                                       .weight = weight.const_data_ptr(),
+                                       .out = out.mutable_data_ptr(),
+                                       .rows = x.numel() / hidden,
+                                       .hidden = hidden,
+                                       .x_stride = is.row_stride(x, "x"),
+                                       .eps = static_cast<float>(eps),
+                                       .dtype = dtype};
+  if (!for_cuda(x))
+    run_cpu(fastdllm::cpu::kernels().rms_norm, params, params.rows, 0.3 * hidden);
+  else if (residual)
+    launch_cuda(op, fastdllm::cuda::rms_norm, params,
+                {{"x", x}, {"residual", *residual}, {"weight", weight}});
+  else
+    launch_cuda(op, fastdllm::cuda::rms_norm, params, {{"x", x}, {"weight", weight}});
+  return out;
+}
+
+Tensor rms_norm(const Tensor x, const Tensor weight, double eps) {
+  return normalise("rms_norm", x, nullptr, weight, eps);
+}
+
+Tensor add_rms_norm(const Tensor x, Tensor residual, const Tensor weight, double eps) {
+  return normalise("add_rms_norm", x, &residual, weight, eps);
+}
+
+Tensor silu_mul(const Tensor gate, const Tensor up) {
+  const char* op = "silu_mul";
+  const Checker is{op, gate};
+  const Dtype dtype = is.dtype(gate, "gate");
+  check(gate.dim() >= 1, op, ": gate is a scalar; takes [..., columns]");
+  check(is_same_shape(up, gate), op, ": up has shape ", shape_text(up), "; takes that of gate, ",
+        shape_text(gate));
+  const int64_t columns = gate.size(-1);
+  Tensor out = torch::stable::new_empty(gate, gate.sizes());
+  const fastdllm::SiluMulParams params{.gate = gate.const_data_ptr(),
+                                       .up = up.const_data_ptr(),
+                                       .out = out.mutable_data_ptr(),
+                                       .rows = columns ? gate.numel() / columns : 0,
+                                       .columns = columns,
+                                       .gate_stride = is.row_stride(gate, "gate"),
+                                       .up_stride = is.row_stride(up, "up"),
+                                       .dtype = dtype};
+  if (for_cuda(gate))
+    launch_cuda(op, fastdllm::cuda::silu_mul, params, {{"gate", gate}, {"up", up}});
+  else
+    run_cpu(fastdllm::cpu::kernels().silu_mul, params, params.rows, 0.5 * columns);
+  return out;
 }
 
 void copy_pages(Tensor pages, const Tensor src, const Tensor dst) {
@@ -396,7 +541,8 @@ void copy_pages(Tensor pages, const Tensor src, const Tensor dst) {
                                          .outer_stride_bytes = outer_bytes,
                                          .page_bytes = num_pages ? outer_bytes / num_pages : 0};
   if (for_cuda(pages))
-    return launch_cuda(op, fastdllm::cuda::copy_pages, params, pages);
+    return launch_cuda(op, fastdllm::cuda::copy_pages, params,
+                       {{"pages", pages}, {"src", src}, {"dst", dst}});
   check_range(op, "src", params.src, pairs, 0, num_pages);
   check_range(op, "dst", params.dst, pairs, 0, num_pages);
   for (int64_t i = 0; i < pairs; ++i)
@@ -418,7 +564,11 @@ FASTDLLM_TORCH_LIBRARY(FASTDLLM_LIBRARY, m) {
   m.def("paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor kv_lens, "
         "Tensor cu_seqlens_q, int max_seqlen_q, float scale) -> Tensor");
   m.def("unmask(Tensor logits, Tensor cu_rows, Tensor positions, Tensor(a!) tokens, Tensor(b!) step_map, "
-        "Tensor(c!) confidence, Tensor(d!) rows, Tensor knobs, Tensor eos_ids, int mask_id) -> ()");
+        "Tensor(c!) confidence, Tensor(d!) rows, Tensor knobs, Tensor eos_ids, int mask_id, "
+        "bool filtered=False) -> ()");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor");
+  m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
   m.def("copy_pages(Tensor(a!) pages, Tensor src, Tensor dst) -> ()");
 }
 
@@ -426,6 +576,9 @@ FASTDLLM_TORCH_LIBRARY(FASTDLLM_LIBRARY, m) {
   m.impl("rope_write_kv", TORCH_BOX(&rope_write_kv));                                                        \
   m.impl("paged_attention", TORCH_BOX(&paged_attention));                                                    \
   m.impl("unmask", TORCH_BOX(&unmask));                                                                      \
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));                                                                  \
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));                                                          \
+  m.impl("silu_mul", TORCH_BOX(&silu_mul));                                                                  \
   m.impl("copy_pages", TORCH_BOX(&copy_pages))
 
 FASTDLLM_TORCH_LIBRARY_IMPL(FASTDLLM_LIBRARY, CPU, m) { FASTDLLM_REGISTER(m); }

@@ -14,7 +14,19 @@ from torch import Tensor
 
 from fastdllm_ext import _C
 
-__all__ = ["Row", "Rule", "Score", "copy_pages", "paged_attention", "rope_write_kv", "unmask"]
+__all__ = [
+    "Knob",
+    "Row",
+    "Rule",
+    "Score",
+    "add_rms_norm",
+    "copy_pages",
+    "paged_attention",
+    "rms_norm",
+    "rope_write_kv",
+    "silu_mul",
+    "unmask",
+]
 
 _ops = torch.ops.fastdllm_ext
 
@@ -28,10 +40,16 @@ class Rule(IntEnum):
 
 
 class Score(IntEnum):
-    """What the masked positions of a row are ranked by."""
+    """What the masked positions of a row are ranked by; the stored confidence too.
+
+    With p the softmax over the kept tokens: the candidate's p; uniform noise; the largest p minus the second
+    (without the mask); the negative entropy Σ p log p, which is 0 at most (Dream's ``margin`` and ``entropy``).
+    """
 
     PROBABILITY = 0
     RANDOM = 1
+    MARGIN = 2
+    ENTROPY = 3
 
 
 class Row(IntEnum):
@@ -50,9 +68,29 @@ class Row(IntEnum):
     MASKS_LEFT = 10
     EOS_AT = 11
     BAD_LOGITS = 12
+    ARRIVALS = 13
+
+
+class Knob(IntEnum):
+    """Columns of the ``knobs`` tensor of :func:`unmask`.
+
+    Attributes:
+        VALUE: threshold or factor; a threshold on ``Score.ENTROPY`` is negative.
+        TEMPERATURE: of the noise that candidates are sampled with; 0 is greedy.
+        SOFTMAX_TEMPERATURE: what the confidence divides the logits by: 1 for LLaDA, Dream's temperature.
+        TOP_P: 0 and 1 are off.
+        TOP_K: 0 is off.
+    """
+
+    VALUE = 0
+    TEMPERATURE = 1
+    SOFTMAX_TEMPERATURE = 2
+    TOP_P = 3
+    TOP_K = 4
 
 
 assert {field.name.lower(): field.value for field in Row} == _C.ROW_COLUMNS
+assert {field.name.lower(): field.value for field in Knob} == _C.KNOB_COLUMNS
 
 
 def rope_write_kv(
@@ -67,6 +105,11 @@ def rope_write_kv(
     v_pages: Tensor,
 ) -> Tensor:
     """Rotates q and k (half-split RoPE) and stores rotated k, and v, into pages, in place.
+
+    Arithmetic is in float32, rounded once: what LLaDA computes. Dream rounds cos and sin to the activations'
+    dtype first, which a table rounded so (and stored as float32) gives as well; it then rounds both products
+    and their sum. In float32 that is the same, bit for bit. In bfloat16 this operation leaves the products
+    as they are, and lies within 3 · 2⁻⁸ (|a cos| + |b sin|) of Dream's modules.
 
     Args:
         q: [T, q_heads, head_dim] float32, bfloat16 (float16 on CUDA); tokens may be strided.
@@ -121,11 +164,18 @@ def unmask(
     knobs: Tensor,
     eos_ids: Tensor,
     mask_id: int,
+    filtered: bool = False,
 ) -> None:
     """Confidence, candidate, selection, commit, masks left and EOS state, in place and without host sync.
 
     Fast-dLLM section 3.3: of the masked positions given, commits those that each sequence's rule
     selects, at least one. A sequence with no logits is left as it is.
+
+    Top-p and top-k keep every token whose logit reaches a floor, so that equal logits stay or go together and
+    no order of sorting matters. With z = logits / softmax temperature: top-p keeps a token if all tokens with
+    larger logits together have at most the probability top_p; of those, top-k keeps one if fewer than k have
+    larger logits. The mask counts as any token in this; where it alone would be kept, the floor is lowered to
+    the best candidate. Candidates and the confidence are those of the kept tokens.
 
     Args:
         logits: [R, vocab] float32, bfloat16 (float16 on CUDA): one row a masked position.
@@ -133,13 +183,61 @@ def unmask(
         positions: [R] int64, the position of each row in its sequence, ascending.
         tokens: [B, width] int64, changed at the committed positions; likewise
         step_map: [B, width] int32, set to the step that committed; and
-        confidence: [B, width] float32, set to the softmax probability (without noise or temperature).
-        rows: [B, len(Row)] int64, the decoding state (:class:`Row`), advanced by one step.
-        knobs: [B, 2] float32: threshold or factor, temperature (0 is greedy).
+        confidence: [B, width] float32, set to the score (:class:`Score`), which has no noise.
+        rows: [B, len(Row)] int64, the decoding state (:class:`Row`), advanced by one step; ``Row.ARRIVALS``
+            begins at 0.
+        knobs: [B, len(Knob)] float32 (:class:`Knob`).
         eos_ids: [E] int64, may be empty: then ``Row.EOS_AT`` stays -1.
         mask_id: never a candidate.
+        filtered: whether any row has top-p or top-k; without it they are ignored, and cost nothing.
     """
-    _ops.unmask(logits, cu_rows, positions, tokens, step_map, confidence, rows, knobs, eos_ids, mask_id)
+    _ops.unmask(
+        logits, cu_rows, positions, tokens, step_map, confidence, rows, knobs, eos_ids, mask_id, filtered
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight · (x / sqrt(mean x² + eps)) of each row, rounded where LLaDA's and Llama's modules round.
+
+    Statistics in float32; the normalised value is rounded to x's dtype, the product again.
+
+    Args:
+        x: [..., hidden] float32, bfloat16 (float16 on CUDA); rows may be strided, evenly.
+        weight: [hidden], the same dtype.
+        eps: added to the mean square.
+
+    Returns:
+        [..., hidden] contiguous. The bits of a row do not depend on the others.
+    """
+    return _ops.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``residual += x`` in place, rounded to the dtype, then ``rms_norm(residual, weight, eps)``.
+
+    Args:
+        x: [..., hidden] as for :func:`rms_norm`.
+        residual: [..., hidden] contiguous, x's shape and dtype; shares no memory with x.
+        weight: [hidden], the same dtype.
+        eps: added to the mean square.
+
+    Returns:
+        [..., hidden] contiguous.
+    """
+    return _ops.add_rms_norm(x, residual, weight, eps)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, silu(x) = x / (1 + exp(-x)); silu is in float32 and rounded, the product rounded again.
+
+    Args:
+        gate, up: [..., n] float32, bfloat16 (float16 on CUDA), one shape and dtype; rows may be strided,
+            evenly: the halves of one fused [..., 2 n] tensor.
+
+    Returns:
+        [..., n] contiguous.
+    """
+    return _ops.silu_mul(gate, up)
 
 
 def copy_pages(pages: Tensor, src: Tensor, dst: Tensor) -> None:
@@ -163,8 +261,25 @@ def _(q, k_pages, v_pages, block_table, kv_lens, cu_seqlens_q, max_seqlen_q, sca
 
 
 @torch.library.register_fake("fastdllm_ext::unmask")
-def _(logits, cu_rows, positions, tokens, step_map, confidence, rows, knobs, eos_ids, mask_id):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    logits, cu_rows, positions, tokens, step_map, confidence, rows, knobs, eos_ids, mask_id, filtered=False
+):
     return None
+
+
+@torch.library.register_fake("fastdllm_ext::rms_norm")
+def _(x, weight, eps):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("fastdllm_ext::add_rms_norm")
+def _(x, residual, weight, eps):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("fastdllm_ext::silu_mul")
+def _(gate, up):  # type: ignore[no-untyped-def]
+    return gate.new_empty(gate.shape)
 
 
 @torch.library.register_fake("fastdllm_ext::copy_pages")

@@ -182,6 +182,25 @@ def unmask(
                 break
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, compute: torch.dtype = torch.float32) -> Tensor:
+    """weight · cast(x / sqrt(mean x² + eps)). See ``ops.rms_norm``."""
+    y = x.to(compute)
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * y.to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, compute: torch.dtype = torch.float32
+) -> Tensor:
+    """residual += x, then rms_norm(residual). See ``ops.add_rms_norm``."""
+    return rms_norm(residual.add_(x), weight, eps, compute=compute)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up. See ``ops.silu_mul``."""
+    return torch.nn.functional.silu(gate) * up
+
+
 def copy_pages(pages: Tensor, src: Tensor, dst: Tensor) -> None:
     """Copies page ``src[i]`` over page ``dst[i]`` in every pool. See ``ops.copy_pages``."""
     pages[:, dst] = pages[:, src]
