@@ -297,11 +297,12 @@ void wait_turn() {
 }
 
 void copy_later(void* target, const void* source, unsigned bytes) {
-  const Copy copy{target, source, bytes, nullptr, nullptr};
-  if (copies_at_once())
+  Copy copy{target, source, bytes, nullptr, nullptr};
+  if (copies_at_once()) {
     perform(copy);
-  else
-    self().open.push_back(copy);
+    copy.bytes = 0; // nothing is left of it but that it must be waited for
+  }
+  self().open.push_back(copy);
 }
 
 void close_group() {
