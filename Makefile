@@ -12,13 +12,15 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 PYTHON_ON = PYTHONPATH=$(1):$(SITE) $(abspath $(BIN))/python -S
 
-.PHONY: help install demo test lint format wheel asan clean
+.PHONY: help install demo test lint format wheel asan bench bench-cpp clean
 help:
 	@echo "make demo    build, then the bundled model: unpatched against patched, one table"
 	@echo "make test    build, then the whole test-suite"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make wheel   build as plain pip does, with build isolation, and try the result"
 	@echo "make asan    the operations' tests under AddressSanitizer and UBSan"
+	@echo "make bench   every operation beside torch and beside a copy"
+	@echo "make bench-cpp  the kernels without torch (needs Google Benchmark); BENCH_FLAGS=--benchmark_..."
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +70,15 @@ asan: install
 	  ASAN_OPTIONS=detect_leaks=0 $(call PYTHON_ON,build/asan/site) -m pytest \
 	  tests/test_paged_attention.py tests/test_rope_write_kv.py tests/test_unmask.py tests/test_copy_pages.py \
 	  tests/test_cache.py
+
+bench: install
+	$(BIN)/python benchmarks/ops.py --out build/bench/ops.json
+
+# Bound threads that sleep while they wait: else two on one core can stall each other for milliseconds.
+bench-cpp: $(VENV)/.torch
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset bench -DPython_EXECUTABLE="$(abspath $(BIN))/python"
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset bench --target fastdllm_bench
+	OMP_PROC_BIND=true OMP_WAIT_POLICY=passive build/bench/benchmarks/cpp/fastdllm_bench $(BENCH_FLAGS)
 
 clean:
 	rm -rf build demo-out $(VENV)

@@ -51,3 +51,14 @@ if(FASTDLLM_CUDA STREQUAL "AUTO")
 elseif(NOT FASTDLLM_CUDA MATCHES "^(ON|OFF)$")
   message(FATAL_ERROR "FASTDLLM_CUDA=${FASTDLLM_CUDA}: takes AUTO, ON or OFF")
 endif()
+
+# Google Benchmark, and OpenMP for its threads: only for benchmarks/cpp.
+if(FASTDLLM_BENCHMARKS)
+  find_package(benchmark QUIET)
+  if(NOT benchmark_FOUND)
+    message(FATAL_ERROR "FASTDLLM_BENCHMARKS needs Google Benchmark: on Debian and Ubuntu, "
+      "`apt-get install libbenchmark-dev`; elsewhere https://github.com/google/benchmark, "
+      "and -Dbenchmark_DIR=<where benchmarkConfig.cmake lies>")
+  endif()
+  find_package(OpenMP)
+endif()
