@@ -1,12 +1,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from backends import TOLERANCE, Backend, each_backend, each_compiled, relative_error
+from backends import (
+    BACKENDS,
+    TOLERANCE,
+    Backend,
+    each_backend,
+    each_compiled,
+    emulator,
+    relative_error,
+)
 from fastdllm_ext import reference
 
 
@@ -151,6 +160,72 @@ def test_bits_do_not_depend_on_the_number_of_threads(backend: Backend) -> None:
             torch.set_num_threads(threads)
         assert torch.equal(found[0], found[1])
         assert torch.equal(found[0], found[2])
+
+
+def _on_emulated_device(multiprocessors: int, block_kib: int, all_kib: int) -> Iterator[None]:
+    assert emulator is not None
+    emulator.simt_set_device(multiprocessors, block_kib, all_kib, 9)
+    yield
+    emulator.simt_set_device(4, 227, 228, 9)
+
+
+CUDA = [backend for backend in BACKENDS if backend.values[0].is_cuda]
+# Shared memory of compute capability 8.6 (two stages of keys fit), and few or many multiprocessors.
+DEVICES = {"small": (1, 99, 100), "wide": (40, 227, 228)}
+
+
+@pytest.mark.parametrize("backend", CUDA)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("queries, heads, kv_heads", [(3, 2, 2), (32, 1, 1), (40, 1, 1), (32, 7, 1)])
+def test_any_device(backend: Backend, device: str, queries: int, heads: int, kv_heads: int) -> None:
+    """The number of splits and stages follows from the device; results do not."""
+    if backend.name == "cuda" and device != "small":
+        pytest.skip("one device is there")
+    for dtype in backend.dtypes:
+        case = Case.make([queries, 5], [777, 128], heads=heads, kv_heads=kv_heads, dtype=dtype)
+        for _ in _on_emulated_device(*DEVICES[device]) if backend.name == "simt" else [None]:
+            out = backend.run("paged_attention", *case.args)
+        assert relative_error(out, case.truth()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("backend", CUDA)
+@pytest.mark.parametrize("head_dim, page_size", [(24, 16), (64, 64), (80, 32), (128, 16), (256, 32)])
+def test_bulk_copies(
+    backend: Backend, head_dim: int, page_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other way to copy keys and values gives the same bits."""
+    for dtype in (torch.bfloat16, torch.float16):
+        case = Case.make([16, 1, 9], [700, 33, 64], head_dim=head_dim, page_size=page_size, dtype=dtype)
+        out = backend.run("paged_attention", *case.args)
+        monkeypatch.setenv("FASTDLLM_CUDA_COPY", "bulk")
+        assert torch.equal(backend.run("paged_attention", *case.args), out)
+        monkeypatch.delenv("FASTDLLM_CUDA_COPY")
+
+
+@pytest.mark.parametrize("backend", CUDA)
+def test_tokens_outside_of_all_sequences_get_zeros(backend: Backend) -> None:
+    """Where a graph's buffers have more room than the batch needs."""
+    for dtype in backend.dtypes:
+        case = Case.make([4, 40, 9], [50, 70, 3], heads=6, kv_heads=2, dtype=dtype)
+        q, k, v, table, lengths, offsets, longest, scale = case.args
+        args = (q, k, v, table[:2].contiguous(), lengths[:2].contiguous(), offsets[:3].contiguous(), longest)
+        out = backend.run("paged_attention", *args, scale)
+        assert relative_error(out[:44], case.truth()[:44]) < TOLERANCE[dtype]
+        assert (out[44:] == 0).all()
+        nobody = (q, k, v, table[:0].contiguous(), lengths[:0].contiguous(), offsets[:1].contiguous(), 0)
+        assert (backend.run("paged_attention", *nobody, scale) == 0).all()
+
+
+@pytest.mark.parametrize("backend", CUDA)
+@pytest.mark.parametrize("keys", [0, 1, 63, 64, 65, 128, 255, 256, 257])
+def test_every_row_and_key_of_a_tile(backend: Backend, keys: int) -> None:
+    """Around the sizes of tiles of rows and keys; every row by itself."""
+    for dtype in backend.dtypes:
+        for queries in (32, 64, 128, 129):
+            case = Case.make([queries], [keys], heads=1, kv_heads=1, dtype=dtype, spread=0.1)
+            out = backend.run("paged_attention", *case.args)
+            assert relative_error(out, case.truth()) < TOLERANCE[dtype]
+            assert ((out - case.truth()).abs().amax(dim=-1) < 0.05).all(), "no row is off"
 
 
 def _changed(index: int, value: object) -> tuple:
