@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from backends import Backend, each_backend, each_compiled
 from fastdllm_ext import reference
-from fastdllm_ext.ops import Row, Rule, Score
+from fastdllm_ext.ops import Knob, Row, Rule, Score
 
 MASK = 7
 EOS = 3
@@ -26,6 +27,9 @@ class Batch:
         rule: Rule = Rule.THRESHOLD,
         value: float = 0.5,
         temperature: float = 0.0,
+        softmax_temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: float = 0.0,
         spread: float = 6.0,
         **fields: int,
     ) -> None:
@@ -61,14 +65,16 @@ class Batch:
         self.logits = (torch.randn(sum(masks), vocab) * spread).to(dtype)
         self.step_map = torch.full((count, width), -1, dtype=torch.int32)
         self.confidence = torch.zeros(count, width)
-        self.knobs = torch.tensor([[value, temperature]] * count)
+        self.knobs = torch.tensor([[value, temperature, softmax_temperature, top_p, top_k]] * count)
+        self.filtered = bool((self.knobs[:, [Knob.TOP_P, Knob.TOP_K]] != torch.tensor([1.0, 0.0])).any())
         self.eos_ids = torch.tensor([EOS])
+        self.mask_id = MASK
 
     @property
     def args(self) -> tuple:
         return (
             self.logits, self.cu_rows, self.positions, self.tokens, self.step_map, self.confidence,
-            self.rows, self.knobs, self.eos_ids, MASK,
+            self.rows, self.knobs, self.eos_ids, self.mask_id, self.filtered,
         )  # fmt: skip
 
     def run(self, backend: Backend) -> Batch:
@@ -77,13 +83,13 @@ class Batch:
 
     def copy(self) -> Batch:
         twin = object.__new__(Batch)
-        twin.__dict__ = {name: value.clone() for name, value in self.__dict__.items()}
+        twin.__dict__ = copy.deepcopy(self.__dict__)
         return twin
 
-    def assert_same(self, other: Batch) -> None:
+    def assert_same(self, other: Batch, atol: float = 1e-7) -> None:
         for name in ("tokens", "step_map", "rows"):
             assert torch.equal(getattr(self, name), getattr(other, name)), name
-        torch.testing.assert_close(self.confidence, other.confidence, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(self.confidence, other.confidence, rtol=1e-5, atol=atol)
 
 
 RULES: list[Any] = [(Rule.QUOTA, 0.0), (Rule.THRESHOLD, 0.5), (Rule.FACTOR, 1.0), (Rule.FACTOR, 0.3)]

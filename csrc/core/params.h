@@ -76,7 +76,8 @@ struct CopyPagesParams {
 };
 
 enum class Rule : int64_t { kQuota, kThreshold, kFactor };
-// What a position is ranked by, and what is stored as its confidence. With p the softmax over the kept tokens:
+// What a position is ranked by, and what is stored as its confidence. With p the softmax over the kept
+// tokens:
 enum class Score : int64_t {
   kProbability, // p of the candidate
   kRandom,      // uniform noise

@@ -19,6 +19,13 @@ namespace fastdllm {
 // Whether a position of score `a` at index i of its sequence's rows goes before one of score `b` at j.
 FASTDLLM_HD bool goes_before(float a, int64_t i, float b, int64_t j) { return a > b || (a == b && i < j); }
 
+// What confidence divides the logits by.
+FASTDLLM_HD float softmax_temperature(const RowKnobs& knobs) {
+  return knobs.softmax_temperature > 0 ? knobs.softmax_temperature : 1.0f;
+}
+FASTDLLM_HD bool has_top_p(const RowKnobs& knobs) { return knobs.top_p > 0 && knobs.top_p < 1; }
+FASTDLLM_HD bool has_top_k(const RowKnobs& knobs) { return knobs.top_k > 0; }
+
 FASTDLLM_HD int64_t quota(const RowState& row) {
   const int64_t steps = row.block_steps > 1 ? row.block_steps : 1;
   const int64_t q = row.block_masks / steps + (row.block_step < row.block_masks % steps);

@@ -1,20 +1,25 @@
 // score_logits: the first half of unmask. For every row of logits l, in one pass over the vocabulary:
 //   candidate  x = argmax over v != mask_id of l_v (T = 0) or l_v / T + g_v (T > 0); ties: the lowest id
-//   score      exp(l_x - max l) / sum_v exp(l_v - max l), over the whole vocabulary, mask_id included;
+//   score      with z = l / softmax_temperature, w_v = exp(z_v - max z), s = sum_v w_v (mask_id included):
+//                probability w_x / s, margin (w_1st - w_2nd) / s (mask_id excluded),
+//                entropy sum_v w_v (z_v - max z) / s - log s = sum p log p;
 //              NaN where the row holds NaN or +inf, or no finite candidate
+//   Tokens below the row's floor, where it has one, count as -inf.
 //
 //   logits     [logit_rows, vocab], rows logits_stride apart, any alignment; float32, bfloat16, float16
+//   floor      [logit_rows] or none
 //   candidate, score  [logit_rows]
 //
 // Bytes: the logits once. A work item is a row. A row goes by in chunks that stay in the first-level cache
-// for their two or three passes (max; sum of exponentials; noise), while the chunk two further on is fetched.
-// The sum is kept relative to the largest logit so far, in float32 within a chunk and in double across
-// chunks.
+// for their passes (max; sum of exponentials; what else the row asks for), while the chunk two further on is
+// fetched. The sum is kept relative to the largest logit so far, in float32 within a chunk and in double
+// across chunks.
 //
 // NaN: max() skips it and comparisons refuse it, but exp2() passes it on to the sum, as inf - inf does +inf.
 // The mask's own logit starts the sum, and the chunk that holds it is copied with -inf in its place; so is
-// the last chunk, filled up with -inf to whole vectors.
+// the last chunk, filled up with -inf to whole vectors, and every chunk of a row with a floor.
 #include "core/gumbel.h"
+#include "core/select.h"
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -30,6 +35,7 @@ constexpr int kStep = 4 * kLanes; // what the loops take at a time
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLargest = 0x1.fffffep+127f;
 constexpr float kLog2e = 0x1.715476p+0f;
+constexpr double kLog2 = 0x1.62e42fefa39efp-1;
 
 struct Float16 {
   uint16_t bits;
@@ -91,13 +97,53 @@ inline F32 exp2_nonpositive(F32 x) {
 #endif
 }
 
-// sum of exp(x - reference)
-template <class T> float chunk_sum(const T* x, int n, float reference) {
+// sum of 2^((x - reference) scale)
+template <class T> float chunk_sum(const T* x, int n, float reference, float scale) {
   F32 s[4] = {};
   for (int i = 0; i < n; i += kStep)
     for (int j = 0; j < 4; ++j)
-      s[j] += exp2_nonpositive((load(x + i + j * kLanes) - reference) * kLog2e);
+      s[j] += exp2_nonpositive((load(x + i + j * kLanes) - reference) * scale);
   return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+// sum of 2^u u with u = (x - reference) scale; 0 where u = -inf
+template <class T> float chunk_moment(const T* x, int n, float reference, float scale) {
+  F32 s = {};
+  for (int i = 0; i < n; i += kLanes) {
+    const F32 u = (load(x + i) - reference) * scale, w = exp2_nonpositive(u);
+    s += select(w > 0.0f, w * u, F32{});
+  }
+  return reduce_add(s);
+}
+
+// The two largest values, which are the same one where it occurs twice.
+struct Top {
+  float first = -kInfinity, second = -kInfinity;
+  void add(float x) {
+    const float lower = x < first ? x : first;
+    first = x > first ? x : first;
+    second = lower > second ? lower : second;
+  }
+};
+
+template <class T> void chunk_top(const T* x, int n, Top& top) {
+  F32 first = broadcast(-kInfinity), second = first;
+  for (int i = 0; i < n; i += kLanes) {
+    const F32 l = load(x + i);
+    second = max(select(l < first, l, first), second);
+    first = max(l, first);
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    top.add(first[i]);
+    top.add(second[i]);
+  }
+}
+
+// What lies below the floor becomes -inf; a NaN stays.
+template <class T> void chunk_floor(T* x, int n, float floor) {
+  for (int i = 0; i < n; ++i)
+    if (to_float(x[i]) < floor)
+      minus_infinity(x[i]);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -220,34 +266,38 @@ void chunk_noise(const T* x, int n, float top, int64_t first_token, const Stream
 // ---------------------------------------------------------------------------------------------------------
 
 struct Scored {
-  int64_t token; // -1 with a NaN confidence
-  float confidence;
+  int64_t token; // -1 with a NaN score
+  float score;
 };
 
 template <class T>
-Scored score_row(const T* logits, int64_t vocab, int64_t mask_id, float temperature, const Stream& stream) {
+Scored score_row(const T* logits, int64_t vocab, int64_t mask_id, float floor, const RowKnobs& knobs,
+                 Score score, const Stream& stream) {
+  const float temperature = knobs.temperature, scale = kLog2e / softmax_temperature(knobs);
   alignas(64) T copy[kChunk];
-  double sum = 0;
-  float largest = -kLargest; // a logit, or this where there is none above it
+  double sum = 0, moment = 0; // of w and w log2 w
+  float largest = -kLargest;  // a logit, or this where there is none above it
   const bool has_mask = mask_id >= 0 && mask_id < vocab;
-  if (has_mask && to_float(logits[mask_id]) != -kInfinity) {
+  if (has_mask && to_float(logits[mask_id]) != -kInfinity && !(to_float(logits[mask_id]) < floor)) {
     largest = to_float(logits[mask_id]);
     sum = 1;
   }
 
   float best = -kInfinity; // of the candidates, without noise
+  Top two;                 // likewise
   int64_t best_chunk = 0;
   Best noisy;
   for (int64_t start = 0; start < vocab; start += kChunk) {
     const T* x = logits + start;
     int n = static_cast<int>(vocab - start < kChunk ? vocab - start : kChunk);
     const bool masked = has_mask && mask_id >= start && mask_id < start + n;
-    if (masked || n % kStep != 0) {
+    if (masked || n % kStep != 0 || floor > -kInfinity) {
       __builtin_memcpy(copy, x, n * sizeof(T));
       for (; n % kStep != 0; ++n)
         minus_infinity(copy[n]);
       if (masked)
         minus_infinity(copy[mask_id - start]);
+      chunk_floor(copy, n, floor);
       x = copy;
     }
     const float top = chunk_max(x, n);
@@ -256,10 +306,16 @@ Scored score_row(const T* logits, int64_t vocab, int64_t mask_id, float temperat
       best_chunk = start;
     }
     if (top > largest) {
-      sum *= __builtin_exp(static_cast<double>(largest) - top);
+      const double step = (static_cast<double>(largest) - top) * scale, factor = __builtin_exp2(step);
+      moment = factor > 0 ? factor * (moment + sum * step) : 0;
+      sum *= factor;
       largest = top;
     }
-    sum += chunk_sum(x, n, largest);
+    sum += chunk_sum(x, n, largest, scale);
+    if (score == Score::kEntropy)
+      moment += chunk_moment(x, n, largest, scale);
+    if (score == Score::kMargin)
+      chunk_top(x, n, two);
     if (temperature > 0)
       chunk_noise(x, n, top, start, stream, temperature, noisy);
   }
@@ -281,8 +337,26 @@ Scored score_row(const T* logits, int64_t vocab, int64_t mask_id, float temperat
     while (token == mask_id || to_float(logits[token]) != best)
       ++token;
   }
-  const double distance = static_cast<double>(to_float(logits[token])) - largest;
-  return {token, static_cast<float>(__builtin_exp(distance) / sum)};
+  const auto weight = [=](float l) { return __builtin_exp2((static_cast<double>(l) - largest) * scale); };
+  double c = 0;
+  switch (score) {
+  case Score::kProbability:
+    c = weight(to_float(logits[token])) / sum;
+    break;
+  case Score::kMargin:
+    c = (weight(two.first) - weight(two.second)) / sum;
+    break;
+  case Score::kEntropy:
+    c = moment / sum * kLog2 - __builtin_log(sum);
+    c = c < 0 ? c : 0;
+    break;
+  case Score::kRandom:
+    uint32_t words[4 * kPairs];
+    philox(stream.seed, U64{} + kNoToken, stream.position, stream.step, stream.stream, words);
+    c = uniform(static_cast<float>(words[0]));
+    break;
+  }
+  return {token, static_cast<float>(c)};
 }
 
 template <class T> void score_rows(const UnmaskParams& p, int64_t begin, int64_t end) {
@@ -296,14 +370,11 @@ template <class T> void score_rows(const UnmaskParams& p, int64_t begin, int64_t
     const Stream stream{static_cast<uint64_t>(row.seed), static_cast<uint32_t>(p.positions[r]),
                         static_cast<uint32_t>(row.step), static_cast<uint32_t>(row.stream)};
     const T* logits = static_cast<const T*>(p.logits) + r * p.logits_stride;
-    const Scored scored = score_row(logits, p.vocab, p.mask_id, p.knobs[b].temperature, stream);
+    const float floor = p.floor ? p.floor[r] : -kInfinity;
+    const Scored scored =
+        score_row(logits, p.vocab, p.mask_id, floor, p.knobs[b], static_cast<Score>(row.score), stream);
     p.candidate[r] = static_cast<int32_t>(scored.token);
-    p.score[r] = scored.confidence;
-    if (static_cast<Score>(row.score) == Score::kRandom && scored.token >= 0) {
-      uint32_t words[4 * kPairs];
-      philox(stream.seed, U64{} + kNoToken, stream.position, stream.step, stream.stream, words);
-      p.score[r] = uniform(static_cast<float>(words[0]));
-    }
+    p.score[r] = scored.score;
   }
 }
 

@@ -1,125 +1,232 @@
-// unmask: confidence, candidate, selection and commit (core/params.h, UnmaskParams), in two kernels.
+// unmask: confidence, candidate, selection and commit (core/params.h, UnmaskParams), in one kernel; where a
+// row may have top-p or top-k, another one finds the rows' floors first.
 //
-// score_rows, a block of kScoreThreads per row of logits l [logit_rows, vocab]:
+// unmask_parts: a row of logits l [logit_rows, vocab] is split into parts of kPart tokens, a block each.
 //   candidate  x = argmax over v != mask_id of l_v (T = 0) or l_v / T + g_v (T > 0); ties: the lowest id
-//   score      exp(l_x - max l) / sum_v exp(l_v - max l); NaN where the row is bad
-//   A thread takes groups of four tokens (one Philox counter, one load of 16 or 8 bytes where the row is
-//   aligned so), keeps max, sum and argmax in registers, and the block merges them once at the end.
-//   Bytes: the logits once.
+//   score      with z = l / softmax_temperature, w_v = exp(z_v - max z), s = sum_v w_v (mask_id included):
+//                probability w_x / s, margin (w_1st - w_2nd) / s (mask_id excluded),
+//                entropy sum_v w_v (z_v - max z) / s - log s = sum p log p;
+//              NaN where the row holds NaN or +inf, or no finite candidate
+//   Tokens below the row's floor, where it has one, count as -inf.
+//   A thread loads kPerThread tokens at once, vectors of 16 bytes where the row is aligned so, and holds them
+//   in registers for all passes but that of the noise. A warp's tokens become one Partial, the block merges
+//   its warps', and writes it. The block that arrives last at its sequence merges the parts of each row
+//   (kGroup lanes a row), adds the mask's logit, which the parts leave out, ranks the positions by counting
+//   those that go before (core/select.h), commits, looks for the EOS that finishes the row and advances the
+//   state. Nobody waits. Bytes: the logits once, and 24 for each part twice. Sequences without rows of logits
+//   are left alone.
 //
-// commit_rows, a block of kCommitThreads per sequence: a thread ranks a position by counting those that go
-// before it, commits it if the rule selects that rank (core/select.h), then the block looks for the EOS that
-// finishes the row and thread 0 advances the state. Sequences without rows of logits are left alone.
+// find_floors: a block per row looks for the floor bit by bit, from the sum and number of the logits that
+// reach a trial floor. Bytes: the logits once per bit of the dtype and twice more, from the L2 cache.
 //
-// NaN: fmaxf skips it and comparisons refuse it, but expf passes it on to the sum, as inf - inf does +inf.
-// No atomics: the bits depend on the row alone. Row offsets fit int32; element offsets are int64.
+// NaN: fmaxf skips it and comparisons refuse it, but 2^x passes it on to the sum, as inf - inf does +inf.
+// The parts depend on vocab alone and all orders of summation are fixed, so the bits depend on the row alone.
+// Row offsets fit int32; element offsets are int64.
 #include <cmath>
 
 #include "core/gumbel.h"
 #include "core/select.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "cuda/ptx.h"
 
 namespace fastdllm::cuda {
 namespace {
 
-constexpr int kScoreThreads = 1024;
-constexpr int kCommitThreads = 256;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kPerThread = 32;
+constexpr int kPart = kThreads * kPerThread;
+constexpr int kGroup = 8; // lanes that merge the parts of a row
+constexpr int kRowsAtOnce = kThreads / kGroup;
+constexpr int kFloorThreads = 512;
+constexpr float kLog2e = 0x1.715476p+0f;
+constexpr float kLog2 = 0x1.62e43p-1f;
 
-struct Best {
-  float value;    // what is maximised: the logit, noisy where T > 0
-  float logit;    // without noise
-  uint32_t token; // kNoToken where there is none
+// What is known of some tokens of a row. With top = max(largest, -kLargest), u_v = (l_v - top) scale.
+struct Partial {
+  float largest = -INFINITY, second = -INFINITY;
+  float sum = 0;           // of 2^u
+  float moment = 0;        // of 2^u u
+  float value = -INFINITY; // of the candidate: what it maximises
+  uint32_t token = kNoToken;
 };
+constexpr int kPartialFloats = sizeof(Partial) / sizeof(float);
 
-__device__ __forceinline__ Best shuffle_xor(const Best& x, int lanes) {
-  return {__shfl_xor_sync(kAllLanes, x.value, lanes), __shfl_xor_sync(kAllLanes, x.logit, lanes),
-          __shfl_xor_sync(kAllLanes, x.token, lanes)};
+__device__ __forceinline__ Partial shuffle_xor(const Partial& x, int lanes) {
+  Partial y;
+  y.largest = __shfl_xor_sync(kAllLanes, x.largest, lanes);
+  y.second = __shfl_xor_sync(kAllLanes, x.second, lanes);
+  y.sum = __shfl_xor_sync(kAllLanes, x.sum, lanes);
+  y.moment = __shfl_xor_sync(kAllLanes, x.moment, lanes);
+  y.value = __shfl_xor_sync(kAllLanes, x.value, lanes);
+  y.token = __shfl_xor_sync(kAllLanes, x.token, lanes);
+  return y;
 }
 
-template <class T> struct alignas(4 * sizeof(T)) Four {
-  T x[4];
-};
+// From where exponents count: -inf - reference is -inf.
+__device__ __forceinline__ float reference_of(float largest) { return fmaxf(largest, -kLargest); }
 
-// Tokens first ... first + 3 of a row; -inf past its end.
-template <class T>
-__device__ __forceinline__ void load_four(const T* row, int64_t first, int64_t vocab, bool aligned,
-                                          float (&out)[4]) {
-  if (aligned && first + 4 <= vocab) {
-    const Four<T> four = *reinterpret_cast<const Four<T>*>(row + first);
-    for (int j = 0; j < 4; ++j)
-      out[j] = to_float(four.x[j]);
-    return;
+struct Merge {
+  float scale;
+  __device__ __forceinline__ Partial operator()(const Partial& a, const Partial& b) const {
+    Partial r;
+    r.largest = fmaxf(a.largest, b.largest);
+    r.second = fmaxf(fminf(a.largest, b.largest), fmaxf(a.second, b.second));
+    const float top = reference_of(r.largest);
+    add(a, top, r);
+    add(b, top, r);
+    const bool better = b.value > a.value || (b.value == a.value && b.token < a.token);
+    r.value = better ? b.value : a.value;
+    r.token = better ? b.token : a.token;
+    return r;
   }
-  for (int j = 0; j < 4; ++j)
-    out[j] = first + j < vocab ? to_float(row[first + j]) : -INFINITY;
+  __device__ __forceinline__ void add(const Partial& x, float top, Partial& r) const {
+    const float u = (x.largest - top) * scale, factor = exp2_approx(u);
+    r.sum += factor * x.sum;
+    r.moment += factor > 0 ? factor * (x.moment + x.sum * u) : 0.0f;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------
+// A block's part of a row
+// ---------------------------------------------------------------------------------------------------------
+
+struct Stream {
+  uint64_t seed;
+  uint32_t position, step, stream;
+  __device__ __forceinline__ Philox4 operator()(uint32_t counter) const {
+    return philox4x32(seed, counter, position, step, stream);
+  }
+};
+
+__device__ __forceinline__ Stream stream_of(const RowState& row, int64_t position) {
+  return {static_cast<uint64_t>(row.seed), static_cast<uint32_t>(position), static_cast<uint32_t>(row.step),
+          static_cast<uint32_t>(row.stream)};
 }
 
-struct ScoreShared {
-  float floats[kWarp];
-  Best bests[kWarp];
+// What a thread has of a row: vectors first, first + kThreads, ..., kCount of them.
+template <class T> struct ThreadTokens {
+  static constexpr int kCount = kPerThread / kVector<T>;
+  const T* row;
+  int64_t first, whole, vocab; // the row's first `whole` vectors can be loaded as such
+
+  // Vector i; -inf past the end of the row.
+  __device__ __forceinline__ Vector<T> load(int i) const {
+    const int64_t index = first + i * kThreads;
+    if (index < whole)
+      return reinterpret_cast<const Vector<T>*>(row)[index];
+    Vector<T> v;
+    for (int j = 0; j < kVector<T>; ++j) {
+      const int64_t token = index * kVector<T> + j;
+      v.x[j] = token < vocab ? row[token] : from_float<T>(-INFINITY);
+    }
+    return v;
+  }
+  // The token that logit i of the thread belongs to; it ascends with i.
+  __device__ __forceinline__ uint32_t token(int i) const {
+    return static_cast<uint32_t>(first * kVector<T>) +
+           i / kVector<T> * (kThreads * kVector<T>)+i % kVector<T>;
+  }
 };
-struct CommitShared {
+
+// The second largest of a warp's logits, which is the largest where that occurs twice.
+__device__ __forceinline__ float warp_second(const float (&l)[kPerThread]) {
+  float first = -INFINITY, second = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    second = fmaxf(second, fminf(l[i], first));
+    first = fmaxf(first, l[i]);
+  }
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    const float other = __shfl_xor_sync(kAllLanes, first, lanes);
+    second = fmaxf(fminf(first, other), fmaxf(second, __shfl_xor_sync(kAllLanes, second, lanes)));
+    first = fmaxf(first, other);
+  }
+  return second;
+}
+
+// Raises `value` to the best noisy logit of the thread, and tells its token. It loads the logits again: so
+// the noise, which takes most of the time, has the registers to itself.
+template <class T>
+__device__ __forceinline__ uint32_t best_noisy(const ThreadTokens<T>& tokens, int64_t mask_id, float floor,
+                                               float temperature, const Stream& stream, float& value) {
+  uint32_t best = kNoToken;
+#pragma unroll 1
+  for (int i = 0; i < kPerThread; i += kVector<T>) {
+    const Vector<T> v = tokens.load(i / kVector<T>);
+#pragma unroll
+    for (int j = 0; j < kVector<T>; ++j) {
+      const uint32_t token = tokens.token(i + j);
+      const Philox4 words = stream(token / 4); // once for four tokens
+      const float noise = gumbel<uint32_t>(static_cast<float>(words.x[j % 4]));
+      const float noisy = noisy_logit(to_float(v.x[j]), temperature, noise);
+      if (noisy > value && token != mask_id && to_float(v.x[j]) >= floor) {
+        value = noisy;
+        best = token;
+      }
+    }
+  }
+  return best;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The last block of a sequence
+// ---------------------------------------------------------------------------------------------------------
+
+struct Shared {
+  Partial warps[kWarps];
+  bool last;
   int64_t x[kWarp];
 };
 
-template <class T> __global__ void __launch_bounds__(kScoreThreads) score_rows(UnmaskParams p) {
-  auto& [shared_float, shared_best] = shared_memory<ScoreShared>();
-  const int64_t r = blockIdx.x;
-  const int64_t b = sequence_of(r, p.cu_rows, p.sequences);
-  if (b < 0)
-    return;
-  const RowState& row = p.rows[b];
-  const uint64_t seed = static_cast<uint64_t>(row.seed);
-  const uint32_t position = static_cast<uint32_t>(p.positions[r]), step = static_cast<uint32_t>(row.step),
-                 stream = static_cast<uint32_t>(row.stream);
-  const float temperature = p.knobs[b].temperature;
-  const T* logits = static_cast<const T*>(p.logits) + r * p.logits_stride;
-  const bool aligned = reinterpret_cast<uintptr_t>(logits) % alignof(Four<T>) == 0;
-
-  float largest = -kLargest, sum = 0;
-  Best best = {-INFINITY, -INFINITY, kNoToken};
-  for (int64_t first = 4 * static_cast<int64_t>(threadIdx.x); first < p.vocab; first += 4 * kScoreThreads) {
-    float l[4];
-    load_four(logits, first, p.vocab, aligned, l);
-    const float top = fmaxf(fmaxf(l[0], l[1]), fmaxf(l[2], l[3]));
-    if (top > largest) {
-      sum *= expf(largest - top);
-      largest = top;
-    }
-    for (int j = 0; j < 4; ++j)
-      sum += expf(l[j] - largest);
-    float value[4] = {l[0], l[1], l[2], l[3]};
-    if (temperature > 0) {
-      const Philox4 words = philox4x32(seed, static_cast<uint32_t>(first / 4), position, step, stream);
-      for (int j = 0; j < 4; ++j)
-        value[j] = noisy_logit(l[j], temperature, gumbel<uint32_t>(static_cast<float>(words.x[j])));
-    }
-    for (int j = 0; j < 4; ++j)
-      if (value[j] > best.value && first + j != p.mask_id)
-        best = {value[j], l[j], static_cast<uint32_t>(first) + j};
+// The score of a row from its parts and the mask's logit, which is -inf where the mask is not kept.
+template <class T>
+__device__ __forceinline__ float row_score(const Partial& parts, float mask, const T* logits,
+                                           const RowKnobs& knobs, Score score, const Stream& stream) {
+  const Merge merge{kLog2e / softmax_temperature(knobs)};
+  Partial mask_only;
+  mask_only.largest = mask;
+  mask_only.sum = 1;
+  const Partial all = merge(parts, mask_only);
+  if (!(all.sum < INFINITY) || parts.value == -INFINITY)
+    return NAN;
+  const auto weight = [&](float l) { return expf((l - all.largest) / softmax_temperature(knobs)); };
+  switch (score) {
+  case Score::kProbability:
+    return weight(knobs.temperature > 0 ? to_float(logits[parts.token]) : parts.value) / all.sum;
+  case Score::kRandom:
+    return uniform(static_cast<float>(stream(kNoToken).x[0]));
+  case Score::kMargin:
+    return (weight(parts.largest) - weight(parts.second)) / all.sum;
+  case Score::kEntropy:
+    return fminf(all.moment / all.sum * kLog2 - logf(all.sum), 0.0f);
   }
+  return NAN;
+}
 
-  const float row_largest =
-      block_reduce(largest, -kLargest, [](float x, float y) { return fmaxf(x, y); }, shared_float);
-  sum *= expf(largest - row_largest);
-  sum = block_reduce(sum, 0.0f, [](float x, float y) { return x + y; }, shared_float);
-  best = block_reduce(
-      best, Best{-INFINITY, -INFINITY, kNoToken},
-      [](const Best& x, const Best& y) {
-        return y.value > x.value || (y.value == x.value && y.token < x.token) ? y : x;
-      },
-      shared_best);
-  if (threadIdx.x != 0)
-    return;
-  p.candidate[r] = static_cast<int32_t>(best.token);
-  if (!(sum < INFINITY) || !(row_largest < INFINITY) || best.token == kNoToken) {
-    p.score[r] = NAN;
-  } else if (static_cast<Score>(row.score) == Score::kRandom) {
-    const Philox4 words = philox4x32(seed, kNoToken, position, step, stream);
-    p.score[r] = uniform(static_cast<float>(words.x[0]));
-  } else {
-    p.score[r] = expf(best.logit - row_largest) / sum;
+// Writes the candidate and the score of every row of the sequence.
+template <class T>
+__device__ __forceinline__ void score_rows(const UnmaskParams& p, int64_t b, int64_t parts) {
+  const int lane = threadIdx.x % kGroup, group = threadIdx.x / kGroup;
+  const RowKnobs knobs = p.knobs[b];
+  const Merge merge{kLog2e / softmax_temperature(knobs)};
+  const Partial* partials = reinterpret_cast<const Partial*>(p.partials);
+  const int64_t end = p.cu_rows[b + 1];
+  for (int64_t base = p.cu_rows[b]; base < end; base += kRowsAtOnce) { // whole warps, for the shuffles
+    const int64_t r = base + group;
+    Partial x;
+    for (int64_t part = lane; part < parts && r < end; part += kGroup)
+      x = merge(x, partials[r * parts + part]);
+    x = warp_reduce(x, merge, kGroup);
+    if (lane != 0 || r >= end)
+      continue;
+    const T* logits = static_cast<const T*>(p.logits) + r * p.logits_stride;
+    const float mask = p.mask_id < p.vocab ? to_float(logits[p.mask_id]) : -INFINITY;
+    const bool dropped = p.floor != nullptr && mask < p.floor[r];
+    p.candidate[r] = static_cast<int32_t>(x.token);
+    p.score[r] = row_score(x, dropped ? -INFINITY : mask, logits, knobs, static_cast<Score>(p.rows[b].score),
+                           stream_of(p.rows[b], p.positions[r]));
   }
 }
 
@@ -130,21 +237,18 @@ __device__ __forceinline__ bool is_eos(int64_t token, const int64_t* eos_ids, in
   return false;
 }
 
-__global__ void __launch_bounds__(kCommitThreads, 4) commit_rows(UnmaskParams p) {
-  auto& shared = shared_memory<CommitShared>().x;
-  const int64_t b = blockIdx.x, first_row = p.cu_rows[b], count = p.cu_rows[b + 1] - first_row;
-  if (count <= 0)
-    return;
-  const auto add = [](int64_t x, int64_t y) { return x + y; };
-  const RowState before = p.rows[b]; // read by all threads ahead of the first barrier, written behind it
+// `shared` has kWarp elements.
+__device__ __forceinline__ void commit(const UnmaskParams& p, int64_t b, int64_t* shared) {
+  const int64_t first_row = p.cu_rows[b], count = p.cu_rows[b + 1] - first_row;
+  const RowState before = p.rows[b]; // read by all threads ahead of a barrier, written behind it
   const float value = p.knobs[b].value;
   const float* score = p.score + first_row;
   int64_t* tokens = p.tokens + b * p.width;
 
   int64_t bad = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kCommitThreads)
+  for (int64_t i = threadIdx.x; i < count; i += kThreads)
     bad += score[i] != score[i];
-  bad = block_reduce(bad, int64_t{0}, add, shared);
+  bad = block_reduce(bad, int64_t{0}, Sum{}, shared);
   if (bad > 0) {
     if (threadIdx.x == 0)
       p.rows[b].bad_logits = bad;
@@ -152,7 +256,7 @@ __global__ void __launch_bounds__(kCommitThreads, 4) commit_rows(UnmaskParams p)
   }
 
   int64_t committed = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kCommitThreads) {
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
     const float c = score[i];
     int64_t rank = 0;
     for (int64_t j = 0; j < count; ++j)
@@ -165,15 +269,16 @@ __global__ void __launch_bounds__(kCommitThreads, 4) commit_rows(UnmaskParams p)
     p.confidence[at] = c;
     ++committed;
   }
-  committed = block_reduce(committed, int64_t{0}, add, shared); // its barriers also publish the tokens
+  committed = block_reduce(committed, int64_t{0}, Sum{}, shared); // its barriers also publish the tokens
 
   int64_t stop = before.end; // the first position with a mask or an end of sequence
-  for (int64_t i = before.first + threadIdx.x; i < before.end; i += kCommitThreads)
-    if (tokens[i] == p.mask_id || is_eos(tokens[i], p.eos_ids, p.eos_count)) {
-      stop = i;
-      break;
-    }
-  stop = block_reduce(stop, before.end, [](int64_t x, int64_t y) { return x < y ? x : y; }, shared);
+#pragma unroll 4
+  for (int64_t i = before.first + threadIdx.x; i < before.end; i += kThreads) {
+    const int64_t token = tokens[i];
+    if (token == p.mask_id || is_eos(token, p.eos_ids, p.eos_count))
+      stop = Least{}(stop, i);
+  }
+  stop = block_reduce(stop, before.end, Least{}, shared);
   if (threadIdx.x != 0)
     return;
   RowState& row = p.rows[b];
@@ -184,15 +289,199 @@ __global__ void __launch_bounds__(kCommitThreads, 4) commit_rows(UnmaskParams p)
   row.bad_logits = 0;
 }
 
+template <class T> __global__ void __launch_bounds__(kThreads, 4) unmask_parts(UnmaskParams p) {
+  auto& shared = shared_memory<Shared>();
+  const int64_t parts = (p.vocab + kPart - 1) / kPart;
+  const int64_t r = blockIdx.x / static_cast<unsigned>(parts), part = blockIdx.x - r * parts;
+  const T* row = static_cast<const T*>(p.logits) + r * p.logits_stride;
+  const bool is_aligned = reinterpret_cast<uintptr_t>(row) % sizeof(Vector<T>) == 0;
+  const ThreadTokens<T> tokens{row, part * (kPart / kVector<T>)+threadIdx.x,
+                               is_aligned ? p.vocab / kVector<T> : 0, p.vocab};
+  Vector<T> v[tokens.kCount];
+#pragma unroll
+  for (int i = 0; i < tokens.kCount; ++i) // all on their way before anything else is asked for
+    v[i] = tokens.load(i);
+
+  const int64_t b = sequence_of(r, p.cu_rows, p.sequences);
+  if (b < 0)
+    return;
+  const Score score = static_cast<Score>(p.rows[b].score);
+  const float temperature = p.knobs[b].temperature, scale = kLog2e / softmax_temperature(p.knobs[b]);
+  const float floor = p.floor == nullptr ? -INFINITY : p.floor[r];
+  float l[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i)
+    l[i] = to_float(v[i / kVector<T>].x[i % kVector<T>]);
+  if (p.mask_id / kPart == part) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i)
+      l[i] = tokens.token(i) == p.mask_id ? -INFINITY : l[i];
+  }
+  if (floor > -INFINITY) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i)
+      l[i] = l[i] < floor ? -INFINITY : l[i]; // a NaN stays
+  }
+
+  Partial x; // first of the warp, then of the block
+  float largest = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i)
+    largest = fmaxf(largest, l[i]);
+  x.largest = warp_reduce(largest, Largest{});
+  const float top = reference_of(x.largest);
+  if (score == Score::kEntropy) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const float u = (l[i] - top) * scale, w = exp2_approx(u);
+      x.sum += w;
+      x.moment += w > 0 ? w * u : 0.0f;
+    }
+    x.moment = warp_reduce(x.moment, Sum{});
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i)
+      x.sum += exp2_approx((l[i] - top) * scale);
+  }
+  x.sum = warp_reduce(x.sum, Sum{});
+  if (score == Score::kMargin)
+    x.second = warp_second(l);
+
+  float value = largest; // the best of the thread
+  if (temperature > 0) {
+    value = -INFINITY;
+    x.token = best_noisy(tokens, p.mask_id, floor, temperature, stream_of(p.rows[b], p.positions[r]), value);
+    x.value = warp_reduce(value, Largest{});
+  } else {
+    x.value = x.largest;
+    if (value == x.value) {
+#pragma unroll
+      for (int i = kPerThread - 1; i >= 0; --i)
+        x.token = l[i] == value ? tokens.token(i) : x.token;
+    }
+  }
+  x.token = warp_reduce(value == x.value ? x.token : kNoToken, Least{});
+
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (lane == 0)
+    shared.warps[warp] = x;
+  __syncthreads();
+  if (warp == 0) {
+    x = warp_reduce(shared.warps[lane % kWarps], Merge{scale}, kWarps);
+    if (lane == 0) {
+      reinterpret_cast<Partial*>(p.partials)[blockIdx.x] = x;
+      __threadfence(); // the partial is there before the arrival, here and for the block that sees it
+      auto* arrivals = reinterpret_cast<unsigned long long*>(&p.rows[b].arrivals);
+      const int64_t all = (p.cu_rows[b + 1] - p.cu_rows[b]) * parts;
+      shared.last = static_cast<int64_t>(atomicAdd(arrivals, 1ull)) == all - 1;
+      __threadfence();
+      if (shared.last)
+        *arrivals = 0;
+    }
+  }
+  __syncthreads();
+  if (!shared.last)
+    return;
+  score_rows<T>(p, b, parts);
+  __syncthreads();
+  commit(p, b, shared.x);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Top-p and top-k
+// ---------------------------------------------------------------------------------------------------------
+
+struct Above {
+  float sum; // of 2^u
+  int count;
+};
+__device__ __forceinline__ Above shuffle_xor(const Above& x, int lanes) {
+  return {__shfl_xor_sync(kAllLanes, x.sum, lanes), __shfl_xor_sync(kAllLanes, x.count, lanes)};
+}
+struct FloorShared {
+  float floats[kWarp];
+  Above above[kWarp];
+};
+
+// Images of floats, which sort as these do: 0 at the bottom, NaN at both ends. The values of a narrower dtype
+// differ in fewer bits.
+template <class T> constexpr int kImageBits = 32;
+template <> constexpr int kImageBits<BFloat16> = 16;
+template <> constexpr int kImageBits<Float16> = 19;
+constexpr uint32_t kSign = 0x80000000u;
+__device__ __forceinline__ float from_image(uint32_t image) {
+  return __uint_as_float(image & kSign ? image ^ kSign : ~image);
+}
+
+// The floor is at least a trial value if the logits that reach that value are too many. So the image of the
+// floor is built bit by bit, from the highest: a bit stays if the floor is at least the value with it. A
+// trial value that is NaN is reached by none.
+template <class T> __global__ void __launch_bounds__(kFloorThreads) find_floors(UnmaskParams p) {
+  auto& shared = shared_memory<FloorShared>();
+  const int64_t r = blockIdx.x;
+  const int64_t b = sequence_of(r, p.cu_rows, p.sequences);
+  if (b < 0)
+    return;
+  const RowKnobs knobs = p.knobs[b];
+  if (!has_top_p(knobs) && !has_top_k(knobs)) {
+    if (threadIdx.x == 0)
+      p.floor[r] = -INFINITY;
+    return;
+  }
+  const T* logits = static_cast<const T*>(p.logits) + r * p.logits_stride;
+  const float scale = kLog2e / softmax_temperature(knobs);
+
+  float best = -INFINITY; // of the candidates
+  for (int64_t i = threadIdx.x; i < p.vocab; i += kFloorThreads)
+    if (i != p.mask_id)
+      best = fmaxf(best, to_float(logits[i]));
+  best = block_reduce(best, -INFINITY, Largest{}, shared.floats);
+  const float mask = p.mask_id < p.vocab ? to_float(logits[p.mask_id]) : -INFINITY;
+  const float top = reference_of(fmaxf(best, mask));
+
+  const auto above = [&](float trial) {
+    Above x{0, 0};
+#pragma unroll 8
+    for (int64_t i = threadIdx.x; i < p.vocab; i += kFloorThreads) {
+      const float l = to_float(logits[i]);
+      if (l >= trial) {
+        x.sum += exp2_approx((l - top) * scale);
+        ++x.count;
+      }
+    }
+    return block_reduce(
+        x, Above{0, 0},
+        [](const Above& s, const Above& t) { return Above{s.sum + t.sum, s.count + t.count}; }, shared.above);
+  };
+  const float most = has_top_p(knobs) ? knobs.top_p * above(-INFINITY).sum : INFINITY;
+  const float count = has_top_k(knobs) ? knobs.top_k : INFINITY;
+  uint32_t image = 0;
+  for (int bit = 31; bit >= 32 - kImageBits<T>; --bit) {
+    const uint32_t trial = image | 1u << bit;
+    const Above x = above(from_image(trial));
+    if (x.sum > most || static_cast<float>(x.count) >= count)
+      image = trial;
+  }
+  if (threadIdx.x == 0)
+    p.floor[r] = image == 0 ? -INFINITY : fminf(from_image(image), best);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+
 template <class T> const char* unmask_all(const UnmaskParams& p, cudaStream_t stream) {
-  if (const char* error = launch(score_rows<T>, dim3(static_cast<unsigned>(p.logit_rows)), kScoreThreads,
-                                 sizeof(ScoreShared), stream, p))
-    return error;
-  return launch(commit_rows, dim3(static_cast<unsigned>(p.sequences)), kCommitThreads, sizeof(CommitShared),
-                stream, p);
+  if (p.floor != nullptr)
+    if (const char* error = launch(find_floors<T>, dim3(grid_size(p.logit_rows)), kFloorThreads,
+                                   sizeof(FloorShared), stream, p))
+      return error;
+  const int64_t parts = (p.vocab + kPart - 1) / kPart;
+  return launch(unmask_parts<T>, dim3(grid_size(p.logit_rows * parts)), kThreads, sizeof(Shared), stream, p);
 }
 
 } // namespace
+
+int64_t unmask_partials(const UnmaskParams& p) {
+  return p.logit_rows * ((p.vocab + kPart - 1) / kPart) * kPartialFloats;
+}
 
 const char* unmask(const UnmaskParams& p, void* stream) {
   if (p.logit_rows == 0 || p.sequences == 0)

@@ -45,8 +45,17 @@ PYBIND11_MODULE(_C, m) {
       FASTDLLM_COLUMN(stream),      FASTDLLM_COLUMN(first),      FASTDLLM_COLUMN(end),
       FASTDLLM_COLUMN(step),        FASTDLLM_COLUMN(block_step), FASTDLLM_COLUMN(block_masks),
       FASTDLLM_COLUMN(block_steps), FASTDLLM_COLUMN(masks_left), FASTDLLM_COLUMN(eos_at),
-      FASTDLLM_COLUMN(bad_logits)};
+      FASTDLLM_COLUMN(bad_logits),  FASTDLLM_COLUMN(arrivals)};
   m.attr("ROW_COLUMNS") = columns;
+  // And of each RowKnobs field in the `knobs` tensor.
+#define FASTDLLM_KNOB(field)                                                                                 \
+  {                                                                                                          \
+    #field, offsetof(fastdllm::RowKnobs, field) / sizeof(float)                                              \
+  }
+  const std::map<std::string, size_t> knobs{FASTDLLM_KNOB(value), FASTDLLM_KNOB(temperature),
+                                            FASTDLLM_KNOB(softmax_temperature), FASTDLLM_KNOB(top_p),
+                                            FASTDLLM_KNOB(top_k)};
+  m.attr("KNOB_COLUMNS") = knobs;
 
   m.def(
       "cpu_isas",

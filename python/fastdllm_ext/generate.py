@@ -135,7 +135,7 @@ class Decoder:
             self.geometry.eos_ids if config.stop_on_eos else (), dtype=torch.int64, device=device
         )
         self.knobs = torch.tensor(
-            [[config.value, config.temperature]] * count, dtype=torch.float32, device=device
+            [[config.value, config.temperature, 1.0, 1.0, 0.0]] * count, dtype=torch.float32, device=device
         )
         state = torch.zeros((count, len(Row)), dtype=torch.int64)
         for b, (prompt, total) in enumerate(zip(prompts, totals, strict=True)):

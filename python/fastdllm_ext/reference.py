@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdllm_ext.ops import Row, Rule, Score
+from fastdllm_ext.ops import Knob, Row, Rule, Score
 
 # Philox counter word that stands for "no token": the random score of a position.
 NO_TOKEN = 0xFFFFFFFF
@@ -106,26 +106,51 @@ def gumbel_noise(seed: int, stream: int, step: int, position: int, vocab: int) -
     return -torch.log(-torch.log1p(-uniform(words)))
 
 
+def top_p_top_k(z: Tensor, top_p: float, top_k: float) -> Tensor:
+    """Which tokens of z [vocab] top-p and top-k keep, [vocab] bool. Equal values stay or go together."""
+    ordered, order = z.sort(descending=True)
+    larger = torch.searchsorted(-ordered, -z)  # how many values are larger than each
+    mass = torch.cat((torch.zeros(1).double(), z.softmax(0)[order].cumsum(0)))[larger]
+    kept = torch.ones(len(z), dtype=torch.bool)
+    if 0 < top_p < 1:
+        kept &= mass <= top_p
+    if top_k > 0:
+        kept &= larger < top_k
+    return kept
+
+
 def score_logits(
-    logits: Tensor, mask_id: int, temperature: float, row: list[int], position: int
+    logits: Tensor, mask_id: int, knobs: list[float], filtered: bool, row: list[int], position: int
 ) -> tuple[int, float, bool]:
     """Candidate, score and health of one position from its logits [vocab]."""
     x = logits.double()
-    allowed = x.clone()
-    if mask_id < len(x):
-        allowed[mask_id] = -torch.inf
+    is_mask = torch.arange(len(x)) == mask_id
+    allowed = x.masked_fill(is_mask, -torch.inf)
     bad = bool(x.isnan().any() or (x == torch.inf).any() or not allowed.isfinite().any())
     if bad:
         return 0, float("nan"), True
+    z = x / (knobs[Knob.SOFTMAX_TEMPERATURE] or 1.0)
+    if filtered:
+        kept = top_p_top_k(z, knobs[Knob.TOP_P], knobs[Knob.TOP_K])
+        kept |= x >= allowed.max()  # where the mask alone would be kept
+        z, allowed = (y.masked_fill(~kept, -torch.inf) for y in (z, allowed))
     noisy = allowed
-    if temperature > 0:
+    if knobs[Knob.TEMPERATURE] > 0:
         noise = gumbel_noise(row[Row.SEED], row[Row.STREAM], row[Row.STEP], position, len(x))
-        noisy = allowed / temperature + noise
+        noisy = allowed / knobs[Knob.TEMPERATURE] + noise
     candidate = int(noisy.argmax())
+    p = z.softmax(0)
     if row[Row.SCORE] == Score.RANDOM:
         words = philox(row[Row.SEED], torch.tensor([NO_TOKEN]), position, row[Row.STEP], row[Row.STREAM])
-        return candidate, float(uniform(words[0, :1])), False
-    return candidate, float(x.softmax(0)[candidate].float()), False
+        score = uniform(words[0, 0])
+    elif row[Row.SCORE] == Score.MARGIN:
+        first, second = p.masked_fill(is_mask, 0.0).topk(2).values
+        score = first - second
+    elif row[Row.SCORE] == Score.ENTROPY:
+        score = torch.xlogy(p, p).sum()
+    else:
+        score = p[candidate]
+    return candidate, float(score.float()), False
 
 
 def selected(scores: list[float], row: list[int], value: float) -> list[int]:
@@ -154,19 +179,22 @@ def unmask(
     knobs: Tensor,
     eos_ids: Tensor,
     mask_id: int,
+    filtered: bool = False,
 ) -> None:
     """Scores, selects and commits, in place. See ``ops.unmask``."""
     for b in range(tokens.shape[0]):
         begin, end = int(cu_rows[b]), int(cu_rows[b + 1])
         if begin == end:
             continue
-        row, (value, temperature) = rows[b].tolist(), knobs[b].tolist()
+        row, knob = rows[b].tolist(), knobs[b].tolist()
         where = positions[begin:end].tolist()
-        judged = [score_logits(logits[begin + i], mask_id, temperature, row, p) for i, p in enumerate(where)]
+        judged = [
+            score_logits(logits[begin + i], mask_id, knob, filtered, row, p) for i, p in enumerate(where)
+        ]
         rows[b, Row.BAD_LOGITS] = sum(bad for _, _, bad in judged)
         if rows[b, Row.BAD_LOGITS]:
             continue
-        chosen = selected([score for _, score, _ in judged], row, value)
+        chosen = selected([score for _, score, _ in judged], row, knob[Knob.VALUE])
         for i in chosen:
             tokens[b, where[i]], confidence[b, where[i]] = judged[i][0], judged[i][1]
             step_map[b, where[i]] = row[Row.STEP]
