@@ -20,6 +20,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #ifndef __x86_64__
@@ -347,6 +348,7 @@ struct Device {
 };
 Device device;
 std::map<const void*, int> shared_limit;
+bool refuse_next = false;
 std::mutex one_at_a_time;
 
 void run_block(unsigned threads) {
@@ -389,6 +391,8 @@ void run_block(unsigned threads) {
 int launch(const char* kernel, const void* function, dim3 grid, dim3 block, size_t shared_bytes,
            const std::function<void()>& thread_body) {
   const std::lock_guard lock(one_at_a_time);
+  if (std::exchange(refuse_next, false))
+    return cudaErrorInvalidConfiguration;
   const unsigned threads = block.x * block.y * block.z;
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu ||
       grid.y > 65535 || grid.z > 65535)
@@ -474,6 +478,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 #define FASTDLLM_EXPORT extern "C" __attribute__((visibility("default")))
 
 FASTDLLM_EXPORT void simt_set_schedule(uint64_t number) { simt::schedule = number; }
+
+// The next launch fails, as one does that asks for more than the device has.
+FASTDLLM_EXPORT void simt_refuse_next_launch() { simt::refuse_next = true; }
 
 // A device with so many multiprocessors, and so many KiB of shared memory for a block and in all.
 FASTDLLM_EXPORT void simt_set_device(int multiprocessors, int block_kib, int all_kib, int major) {
