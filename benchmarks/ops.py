@@ -80,7 +80,7 @@ class Bench:
             facts = torch.cuda.get_device_properties(0)
             self.cache, memory = facts.L2_cache_size, torch.cuda.mem_get_info()[0]
         else:
-            self.cache = max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 64 << 20)
+            self.cache = _last_cache()
             memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self.largest_set = memory // 12
         self.rotation = min(4 * self.cache, 3 << 29)
@@ -134,6 +134,11 @@ class Bench:
         return run
 
 
+def _last_cache() -> int:
+    file = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # "36864K"
+    return 1024 * int(file.read_text().strip().removesuffix("K")) if file.exists() else 64 << 20
+
+
 def _timer(call: Call, sets: int) -> Callable[[], float]:
     turn = 0
 
@@ -185,6 +190,13 @@ def attention(bench: Bench, model: Model, dtype: torch.dtype, batch: int, contex
         _C.set_cpu_isa(best)
         return out
 
+    def ours_bulk(turn: int) -> Tensor:
+        os.environ["FASTDLLM_CUDA_COPY"] = "bulk"  # read at every launch
+        try:
+            return ours(turn)
+        finally:
+            del os.environ["FASTDLLM_CUDA_COPY"]
+
     def gather_and_sdpa(turn: int) -> Tensor:
         k, v = pages[turn]
         return sdpa(gather(k), gather(v))
@@ -197,6 +209,9 @@ def attention(bench: Bench, model: Model, dtype: torch.dtype, batch: int, contex
     calls: dict[str, Call] = {"paged_attention": ours}
     if not bench.cuda and dtype == torch.float32 and "avx2" in _C.cpu_isas():
         calls["paged_attention, avx2"] = ours_avx2
+    hopper = bench.cuda and torch.cuda.get_device_capability()[0] >= 9
+    if hopper and dtype != torch.float32 and "FASTDLLM_CUDA_COPY" not in os.environ:
+        calls["paged_attention, bulk"] = ours_bulk
     calls |= {
         "torch sdpa": lambda turn: sdpa(*dense[turn]),
         "torch gather + sdpa": gather_and_sdpa,
@@ -425,11 +440,11 @@ def copy(bench: Bench) -> Case:
 
 
 def cases(bench: Bench, contexts: list[int], batches: list[int]) -> Iterator[Case]:
-    """The copy, then every operation, where its data fit into memory."""
+    """The copy, then every operation, where its data fit into memory; what matters most first."""
     yield copy(bench)
-    for model in (LLADA, DREAM):
+    for batch in batches:
         for dtype in (torch.bfloat16, torch.float32):
-            for batch in batches:
+            for model in (LLADA, DREAM):
                 for context in contexts:
                     kv_bytes = 2 * batch * context * model.kv_heads * HEAD_DIM * dtype.itemsize
                     if kv_bytes <= bench.largest_set:
@@ -438,6 +453,7 @@ def cases(bench: Bench, contexts: list[int], batches: list[int]) -> Iterator[Cas
                     yield unmask(bench, model, dtype, batch)
                 for make in (rope, norm, silu, copy_pages):
                     yield make(bench, model, dtype, batch)
+    yield copy(bench)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -503,7 +519,7 @@ def main() -> None:
     load = os.getloadavg()
     facts = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("FASTDLLM_COMMIT", ""),
         "changed_files": _git("diff", "HEAD", "--name-only").splitlines(),
         "command": shlex.join(["python", *sys.argv]),
         "environment": fd.collect_env(),

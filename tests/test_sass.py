@@ -14,17 +14,20 @@ import pytest
 import cuda_resources
 from cuda_resources import Kernel
 
-# (source, kernels): where bytes are the floor, and so every kernel of that name loads 16 bytes at a time.
+# (source, kernels): where bytes are the floor, and so every kernel of that name loads 16 bytes at a time. The
+# others, rope_write_kv's of vector width 1 among them, are for rows that are not aligned.
 WIDE_LOADS = [
     ("paged_attention", r"attend"),
-    ("unmask", r"score"),
+    ("unmask", r"unmask_parts"),
     ("copy_pages", r"copy<uint4>"),
-    ("rope_write_kv", r"."),
+    ("rope_write_kv", r", (?!1>)"),
 ]
 WIDE = re.compile(r"LDG\.(?:.*\.)?(?:128|256)(?:\.|$)|LDGSTS\.(?:.*\.)?128(?:\.|$)|UBLKCP|UTMALDG")
 TENSOR_CORE = re.compile(r"[HQ]G?MMA|UTC\w*MMA")
 LOCAL_MEMORY = re.compile(r"(?:LDL|STL)\b")
 MOST_REGISTERS = 255
+# Attention kernels whose copies are Hopper's bulk copies are empty elsewhere.
+ATTENTION = {"sm_80": r"attend.*Float16.*false>$", "sm_90a": r"attend.*Float16"}
 
 each_architecture = pytest.mark.parametrize("architecture", cuda_resources.ARCHITECTURES)
 
@@ -68,7 +71,7 @@ def test_loads_are_16_bytes_wide(architecture: str, source: str, pattern: str) -
 
 @each_architecture
 def test_attention_uses_tensor_cores(architecture: str) -> None:
-    assert without(named(architecture, "paged_attention", r"attend.*Float16"), TENSOR_CORE) == []
+    assert without(named(architecture, "paged_attention", ATTENTION[architecture]), TENSOR_CORE) == []
 
 
 @each_architecture
