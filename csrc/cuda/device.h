@@ -56,6 +56,14 @@ template <class T> bool is_whole(const void* p, int64_t stride) {
   return is_aligned(p, sizeof(Vector<T>)) && stride % kVector<T> == 0;
 }
 
+// f(0), f(1), ... f(kN - 1).
+template <int kN, class F> __device__ __forceinline__ void unroll(const F& f) {
+  if constexpr (kN > 0) {
+    unroll<kN - 1>(f);
+    f(kN - 1);
+  }
+}
+
 // Elements first, first + 1, ... of a row of `length`, zeros past its end. kWhole: it is_whole, and its
 // length is a multiple of kVector; else element by element.
 template <bool kWhole, class T>
@@ -64,8 +72,7 @@ __device__ __forceinline__ Vector<T> load_vector(const T* row, int64_t first, in
   if constexpr (kWhole)
     v = *reinterpret_cast<const Vector<T>*>(row + first);
   else
-    for (int j = 0; j < kVector<T>; ++j)
-      v.x[j] = first + j < length ? row[first + j] : T{};
+    unroll<kVector<T>>([&](int j) { v.x[j] = first + j < length ? row[first + j] : T{}; });
   return v;
 }
 template <bool kWhole, class T>
@@ -73,9 +80,10 @@ __device__ __forceinline__ void store_vector(T* row, int64_t first, int64_t leng
   if constexpr (kWhole)
     *reinterpret_cast<Vector<T>*>(row + first) = v;
   else
-    for (int j = 0; j < kVector<T>; ++j)
+    unroll<kVector<T>>([&](int j) {
       if (first + j < length)
         row[first + j] = v.x[j];
+    });
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -37,19 +37,18 @@ template <class T, bool kWhole> __global__ void __launch_bounds__(kThreads, 2) n
     Vector<T> v = load_vector<kWhole>(x, first, hidden);
     if (residual) {
       const Vector<T> r = load_vector<kWhole>(residual, first, hidden);
-      for (int j = 0; j < kVector<T>; ++j)
-        v.x[j] = from_float<T>(to_float(r.x[j]) + to_float(v.x[j]));
+      unroll<kVector<T>>([&](int j) { v.x[j] = from_float<T>(to_float(r.x[j]) + to_float(v.x[j])); });
       store_vector<kWhole>(residual, first, hidden, v);
     }
-    for (int j = 0; j < kVector<T>; ++j)
-      squares += to_float(v.x[j]) * to_float(v.x[j]);
+    unroll<kVector<T>>([&](int j) { squares += to_float(v.x[j]) * to_float(v.x[j]); });
     return v;
   };
   const int64_t mine = static_cast<int64_t>(threadIdx.x) * kVector<T>;
-  Vector<T> held[kHeld];
-  for (int i = 0; i < kHeld; ++i)
+  Vector<T> held[kHeld] = {};
+  unroll<kHeld>([&](int i) {
     if (mine + i * kStride < hidden)
       held[i] = take(mine + i * kStride);
+  });
   for (int64_t first = mine + kRow; first < hidden; first += kStride)
     take(first);
 
@@ -57,13 +56,15 @@ template <class T, bool kWhole> __global__ void __launch_bounds__(kThreads, 2) n
   const float scale = rsqrtf(sum / static_cast<float>(hidden) + p.eps);
   const auto put = [&](int64_t first, Vector<T> v) {
     const Vector<T> w = load_vector<kWhole>(weight, first, hidden);
-    for (int j = 0; j < kVector<T>; ++j)
+    unroll<kVector<T>>([&](int j) {
       v.x[j] = from_float<T>(to_float(w.x[j]) * to_float(from_float<T>(to_float(v.x[j]) * scale)));
+    });
     store_vector<kWhole>(out, first, hidden, v);
   };
-  for (int i = 0; i < kHeld; ++i)
+  unroll<kHeld>([&](int i) {
     if (mine + i * kStride < hidden)
       put(mine + i * kStride, held[i]);
+  });
   for (int64_t first = mine + kRow; first < hidden; first += kStride)
     put(first, load_vector<kWhole>(residual ? residual : x, first, hidden));
 }
@@ -76,8 +77,8 @@ const char* rms_norm(const RmsNormParams& p, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   return by_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool whole = p.hidden % kVector<T> == 0 && is_whole<T>(p.x, p.x_stride) &&
-                       is_whole<T>(p.residual, p.hidden) && is_whole<T>(p.weight, 0) && is_whole<T>(p.out, 0);
+    const bool whole = is_whole<T>(p.x, p.x_stride) && is_whole<T>(p.residual, p.hidden) &&
+                       is_whole<T>(p.weight, 0) && is_whole<T>(p.out, p.hidden);
     return launch(whole ? normalise<T, true> : normalise<T, false>, dim3(grid_size(p.rows)), kThreads,
                   sizeof(Shared), on, p);
   });

@@ -12,8 +12,8 @@
 // rotated. Arithmetic in float32 without contraction, rounded once. Bytes: q, k and v read once and written
 // once.
 //
-// A negative slot stores nothing. Slots are distinct; positions lie inside the table; page_size is a power of
-// two.
+// A negative slot stores nothing. Slots are distinct; positions lie inside the table; head_dim is a multiple
+// of 8, page_size a power of two.
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 
@@ -72,11 +72,11 @@ __global__ void __launch_bounds__(kThreads) rotate_and_store(RopeWriteKvParams p
     const int64_t angle = p.positions[token] * half + at;
     const Angles cos = *reinterpret_cast<const Angles*>(p.cos + angle);
     const Angles sin = *reinterpret_cast<const Angles*>(p.sin + angle);
-    for (int j = 0; j < kCount; ++j) {
+    unroll<kCount>([&](int j) {
       const float x = to_float(a.x[j]), y = to_float(b.x[j]);
       a.x[j] = from_float<T>(x * cos.x[j] - y * sin.x[j]);
       b.x[j] = from_float<T>(y * cos.x[j] + x * sin.x[j]);
-    }
+    });
   }
   store(at, a);
   store(at + half, b);
@@ -90,9 +90,9 @@ template <class T, int kCount> const char* launch_items(const RopeWriteKvParams&
 template <class T> bool in_vectors(const RopeWriteKvParams& p) {
   constexpr int kCount = kVector<T>;
   const auto whole_angles = [](const float* x) { return is_aligned(x, sizeof(Pack<float, kCount>)); };
-  return p.head_dim % kCount == 0 && p.rotary_dim / 2 % kCount == 0 && is_whole<T>(p.q, p.q_stride) &&
-         is_whole<T>(p.k, p.k_stride) && is_whole<T>(p.v, p.v_stride) && is_whole<T>(p.q_out, 0) &&
-         is_whole<T>(p.k_pages, 0) && is_whole<T>(p.v_pages, 0) && whole_angles(p.cos) && whole_angles(p.sin);
+  return p.rotary_dim / 2 % kCount == 0 && is_whole<T>(p.q, p.q_stride) && is_whole<T>(p.k, p.k_stride) &&
+         is_whole<T>(p.v, p.v_stride) && is_whole<T>(p.q_out, 0) && is_whole<T>(p.k_pages, 0) &&
+         is_whole<T>(p.v_pages, 0) && whole_angles(p.cos) && whole_angles(p.sin);
 }
 
 } // namespace

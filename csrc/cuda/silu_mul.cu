@@ -23,10 +23,10 @@ template <class T, bool kWhole> __global__ void __launch_bounds__(kThreads) silu
   T* out = static_cast<T*>(p.out) + row * columns;
   const Vector<T> g = load_vector<kWhole>(gate, first, columns);
   Vector<T> v = load_vector<kWhole>(up, first, columns);
-  for (int j = 0; j < kVector<T>; ++j) {
+  unroll<kVector<T>>([&](int j) {
     const float x = to_float(g.x[j]);
     v.x[j] = from_float<T>(to_float(from_float<T>(x / (1.0f + expf(-x)))) * to_float(v.x[j]));
-  }
+  });
   store_vector<kWhole>(out, first, columns, v);
 }
 
@@ -39,8 +39,8 @@ const char* silu_mul(const SiluMulParams& p, void* stream) {
   return by_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int64_t kShare = kThreads * kVector<T>;
-    const bool whole = p.columns % kVector<T> == 0 && is_whole<T>(p.gate, p.gate_stride) &&
-                       is_whole<T>(p.up, p.up_stride) && is_whole<T>(p.out, 0);
+    const bool whole =
+        is_whole<T>(p.gate, p.gate_stride) && is_whole<T>(p.up, p.up_stride) && is_whole<T>(p.out, p.columns);
     const dim3 grid(grid_size(p.rows), grid_size((p.columns + kShare - 1) / kShare));
     return launch(whole ? silu_times<T, true> : silu_times<T, false>, grid, kThreads, 0, on, p);
   });
