@@ -33,7 +33,8 @@ $(VENV)/.torch: | $(BIN)/python
 # Editable, so that Python changes need no new install; a change of the sources builds again. With the
 # emulated CUDA kernels, for the tests.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]" -C cmake.define.FASTDLLM_SIMT=ON
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]" \
+	  -C cmake.define.FASTDLLM_SIMT=ON -C cmake.define.FASTDLLM_PTX_PROBE=ON
 	@touch $@
 
 install: $(VENV)/.installed
@@ -69,6 +70,7 @@ asan: install
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(call PYTHON_ON,build/asan/site) -m pytest \
 	  tests/test_paged_attention.py tests/test_rope_write_kv.py tests/test_unmask.py tests/test_copy_pages.py \
+	  tests/test_elementwise.py \
 	  tests/test_cache.py
 
 bench: install

@@ -18,6 +18,15 @@ def test_copies(backend: Backend, dtype: torch.dtype) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("page, first", [(7, 0), (16, 1), (24, 8), (2050, 0)])
+def test_pages_that_do_not_lie_on_16_bytes(backend: Backend, page: int, first: int) -> None:
+    pages = torch.randint(0, 200, (2 * 5 * page + first,), dtype=torch.uint8)[first:].view(2, 5, page)
+    before = pages.clone()
+    backend.run("copy_pages", pages, torch.tensor([0, 4]), torch.tensor([3, 1]))
+    assert torch.equal(pages, before[:, [0, 4, 2, 0, 4]])
+
+
+@each_backend
 def test_nothing_to_copy(backend: Backend) -> None:
     pages = torch.rand(2, 3, 4)
     before, none = pages.clone(), torch.zeros(0, dtype=torch.int64)

@@ -228,7 +228,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, silu(x) = x / (1 + exp(-x)); silu is in float32 and rounded, the product rounded again.
+    """silu(gate) · up, silu(x) = x / (1 + exp(-x)): in float32 and rounded, then the product rounded again.
 
     Args:
         gate, up: [..., n] float32, bfloat16 (float16 on CUDA), one shape and dtype; rows may be strided,
