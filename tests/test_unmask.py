@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -97,10 +99,11 @@ RULES: list[Any] = [(Rule.QUOTA, 0.0), (Rule.THRESHOLD, 0.5), (Rule.FACTOR, 1.0)
 
 @each_compiled
 @pytest.mark.parametrize("rule, value", RULES)
-@pytest.mark.parametrize("vocab", [11, 79, 1000, 4097, 32003])
+@pytest.mark.parametrize("vocab", [11, 79, 1000, 4097, 8191, 8192, 8193, 16389, 32003])
 def test_against_reference(backend: Backend, rule: Rule, value: float, vocab: int) -> None:
     for dtype in backend.dtypes:
-        batch = Batch([32, 1, 0, 9], vocab=vocab, dtype=dtype, rule=rule, value=value)
+        masks = [5, 1, 0, 3] if backend.name == "simt" else [32, 1, 0, 9]
+        batch = Batch(masks, vocab=vocab, dtype=dtype, rule=rule, value=value)
         truth = batch.copy().run(Backend("reference"))
         batch.run(backend).assert_same(truth)
         assert (batch.step_map == 4).sum() > 0
@@ -109,7 +112,7 @@ def test_against_reference(backend: Backend, rule: Rule, value: float, vocab: in
 @each_compiled
 @pytest.mark.parametrize("masks", [1, 31, 33, 300, 1500])
 def test_many_masks(backend: Backend, masks: int) -> None:
-    for rule, value in RULES:
+    for rule, value in RULES[:3]:
         batch = Batch([masks], vocab=100, rule=rule, value=value)
         truth = batch.copy().run(Backend("reference"))
         batch.run(backend).assert_same(truth)
@@ -211,9 +214,9 @@ def test_bounds_are_inclusive(backend: Backend, rule: Rule, value: float, wanted
 
 @each_backend
 def test_end_of_sequence(backend: Backend) -> None:
-    def finish(tokens: list[int], eos: list[int]) -> int:
+    def finish(tokens: list[int], eos: list[int], behind: Sequence[int] = ()) -> int:
         batch = Batch([1], vocab=80, value=1.0)
-        batch.tokens = torch.tensor([[EOS, 20, *tokens]])
+        batch.tokens = torch.tensor([[EOS, 20, *tokens, *behind]])
         batch.step_map = torch.full_like(batch.tokens, -1, dtype=torch.int32)
         batch.confidence = torch.zeros(batch.tokens.shape)
         batch.rows[0, Row.FIRST], batch.rows[0, Row.END] = 2, 2 + len(tokens)
@@ -229,6 +232,8 @@ def test_end_of_sequence(backend: Backend) -> None:
     assert finish([20, MASK, 20, 20], [EOS]) == -1, "the prompt's EOS does not count"
     assert finish([21, MASK, EOS, 21], [EOS, 21]) == 2, "several ids: the first"
     assert finish([20, MASK, EOS, 20], []) == -1, "no ids"
+    assert finish([20] * 700 + [MASK] + [20] * 400 + [EOS, 20, EOS], [EOS]) == 2 + 1101, "a long answer"
+    assert finish([20, MASK, 20], [EOS], behind=[EOS]) == -1, "what lies behind the answer does not count"
 
 
 @each_backend
@@ -244,17 +249,17 @@ def test_sequences_without_logits_are_left_alone(backend: Backend) -> None:
 
 @each_backend
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.nan])
-@pytest.mark.parametrize("column", [0, 1, 63, 64, 511, 1023, 1024, 2999])
+@pytest.mark.parametrize("column", [0, MASK, 63, 1023, 1024, 8191, 8192, 8201])
 def test_bad_logits_commit_nothing(backend: Backend, value: float, column: int) -> None:
-    for dtype in backend.dtypes:
-        batch = Batch([4, 3], vocab=3000, dtype=dtype)
-        batch.logits[2, column] = value
+    for dtype, top_k in zip(backend.dtypes * 2, [0, 5] * 3, strict=False):
+        batch = Batch([2, 1], vocab=8202, dtype=dtype, top_k=top_k)
+        batch.logits[1, column] = value
         before = batch.copy()
         batch.run(backend)
         assert batch.rows[:, Row.BAD_LOGITS].tolist() == [1, 0]
         assert torch.equal(batch.tokens[0], before.tokens[0])
         assert int(batch.rows[0, Row.STEP]) == 4
-        assert int(batch.rows[0, Row.MASKS_LEFT]) == 4
+        assert int(batch.rows[0, Row.MASKS_LEFT]) == 2
         assert int(batch.rows[1, Row.STEP]) == 5, "other sequences go on"
 
 
@@ -286,8 +291,8 @@ def test_sampling_takes_the_reference_noise(backend: Backend) -> None:
 
 @each_compiled
 def test_samples_follow_the_softmax(backend: Backend) -> None:
-    """Chi-squared of 20,000 samples of an 8-token distribution at T = 2, the mask left out."""
-    rows = 20000
+    """Chi-squared of samples of an 8-token distribution at T = 2, the mask left out."""
+    rows = 500 if backend.name == "simt" else 20000
     batch = Batch([rows], vocab=9, temperature=2.0, value=1e-30)
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 3.0, -2.0, 4.0, 1.5])  # MASK is 7
     batch.logits = logits.repeat(rows, 1)
@@ -313,14 +318,20 @@ def test_random_remasking(backend: Backend) -> None:
 
 @each_compiled
 def test_bits_do_not_depend_on_the_batch(backend: Backend) -> None:
-    for temperature in (0.0, 1.0):
-        batch = Batch([7, 12, 3], vocab=3000, temperature=temperature, value=0.01)
+    settings: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0},
+        {"score": Score.ENTROPY, "value": -2.0},
+        {"score": Score.MARGIN, "top_p": 0.8, "top_k": 50, "softmax_temperature": 0.7},
+    ]
+    for setting in settings:
+        batch = Batch([2, 12, 1], vocab=8200, **({"value": 0.01} | setting))
         alone = batch.copy()
         twice = batch.copy().run(backend)
         batch.run(backend)
         for name in ("tokens", "step_map", "confidence", "rows"):
             assert torch.equal(getattr(batch, name), getattr(twice, name))
-        alone.logits, alone.positions = alone.logits[7:19].contiguous(), alone.positions[7:19]
+        alone.logits, alone.positions = alone.logits[2:14].contiguous(), alone.positions[2:14]
         alone.cu_rows = torch.tensor([0, 12], dtype=torch.int32)
         for name in ("tokens", "step_map", "confidence", "rows", "knobs"):
             setattr(alone, name, getattr(alone, name)[1:2].contiguous())
@@ -330,13 +341,216 @@ def test_bits_do_not_depend_on_the_batch(backend: Backend) -> None:
 
 
 @each_compiled
-def test_strided_logits(backend: Backend) -> None:
-    batch = Batch([8], vocab=500)
-    wide = torch.full((8, 517), torch.nan)
-    wide[:, :500] = batch.logits
+@pytest.mark.parametrize("vocab, stride", [(500, 517), (500, 520), (504, 520), (8192, 8208), (8193, 8208)])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_strided_logits(backend: Backend, vocab: int, stride: int, top_k: int) -> None:
+    """NaN behind the rows, aligned for vectors or not; the mask may lie there as well."""
+    for dtype, mask_id in itertools.product(backend.dtypes, [MASK, vocab]):
+        batch = Batch([2], vocab=vocab, dtype=dtype, value=0.01, top_k=top_k)
+        batch.mask_id = mask_id
+        batch.tokens[batch.tokens == MASK] = mask_id
+        wide = torch.full((2, stride), torch.nan, dtype=dtype)
+        wide[:, :vocab] = batch.logits
+        truth = batch.copy().run(Backend("reference"))
+        batch.logits = wide[:, :vocab]
+        batch.run(backend).assert_same(truth)
+
+
+# --------------------------------------------------------------------------------------------------
+# Scores, top-p and top-k
+# --------------------------------------------------------------------------------------------------
+
+KEPT: list[dict[str, float]] = [
+    {},
+    {"softmax_temperature": 0.4},
+    {"softmax_temperature": 0.0},
+    {"top_p": 0.7},
+    {"top_k": 5},
+    {"top_p": 0.95, "top_k": 40, "softmax_temperature": 2.5},
+]
+
+
+# Every rule with all tokens kept, and what is kept with one of them.
+SCORED: list[Any] = [*itertools.product(Rule, KEPT[:1]), *itertools.product([Rule.THRESHOLD], KEPT[1:])]
+
+
+@each_compiled
+@pytest.mark.parametrize("rule, kept", SCORED, ids=str)
+@pytest.mark.parametrize("score", [Score.PROBABILITY, Score.MARGIN, Score.ENTROPY])
+def test_scores_against_reference(backend: Backend, rule: Rule, score: Score, kept: dict) -> None:
+    value = {Rule.QUOTA: 0.0, Rule.THRESHOLD: -1.0 if score == Score.ENTROPY else 0.4, Rule.FACTOR: 2.0}
+    masks = [2, 0, 1] if backend.name == "simt" else [9, 0, 1]
+    for dtype, vocab in itertools.product(backend.dtypes, [11, 1000, 8197]):
+        if backend.name == "simt" and vocab == 1000 and kept:
+            continue
+        spread = 2.0 if vocab == 11 else 4.0
+        batch = Batch(masks, vocab=vocab, dtype=dtype, rule=rule, value=value[rule], score=score,
+                      spread=spread, **kept)  # fmt: skip
+        truth = batch.copy().run(Backend("reference"))
+        batch.run(backend).assert_same(truth, atol=1e-6 if score == Score.ENTROPY else 1e-7)
+        assert (batch.step_map == 4).sum() > 0
+
+
+def _row(logits: dict[int, float], rest: float = -torch.inf, **kwargs: Any) -> Batch:
+    """One masked position; the logits of a few tokens out of 100, and that of the others."""
+    batch = Batch([1], vocab=100, **kwargs)
+    batch.logits.fill_(rest)
+    for token, logit in logits.items():
+        batch.logits[0, token] = logit
+    return batch
+
+
+def _committed(batch: Batch, backend: Backend) -> tuple[int, float]:
+    """The token and confidence of the one position."""
+    at = batch.positions[0]
+    batch.run(backend)
+    return int(batch.tokens[0, at]), float(batch.confidence[0, at])
+
+
+@each_backend
+def test_margin_and_entropy(backend: Backend) -> None:
+    halves = {20: 1.0, 30: 1.0}
+    assert _committed(_row(halves, score=Score.MARGIN), backend) == (20, 0.0)
+    token, entropy = _committed(_row(halves, score=Score.ENTROPY), backend)
+    assert (token, entropy) == (20, pytest.approx(-math.log(2)))
+    assert _committed(_row({20: 1.0}, score=Score.MARGIN), backend) == (20, 1.0), "no second candidate"
+    assert _committed(_row({20: 1.0}, score=Score.ENTROPY), backend) == (20, 0.0)
+    with_mask = {20: 0.0, MASK: 0.0}
+    assert _committed(_row(with_mask, score=Score.MARGIN), backend)[1] == 0.5, "the mask is no candidate"
+    assert _committed(_row(with_mask, score=Score.ENTROPY), backend)[1] == pytest.approx(-math.log(2))
+    batch = Batch([3], vocab=9000, rule=Rule.QUOTA, score=Score.MARGIN, block_masks=4, block_steps=2)
+    batch.logits.fill_(-torch.inf)
+    batch.logits[:, 20], batch.logits[:, 8999] = 3.0, torch.tensor([2.5, -torch.inf, 2.0])
+    batch.run(backend)
+    assert (batch.step_map[0, batch.positions] == 4).tolist() == [False, True, True]
+
+
+@each_backend
+def test_threshold_on_entropy_is_negative(backend: Backend) -> None:
+    batch = Batch([3], vocab=80, score=Score.ENTROPY, value=-0.7)
+    batch.logits.fill_(-torch.inf)
+    batch.logits[0, 20:24], batch.logits[1, 20:22], batch.logits[2, 20:30] = 0.0, 0.0, 0.0
+    batch.run(backend)
+    assert (batch.step_map[0, batch.positions] == 4).tolist() == [False, True, False]
+
+
+@each_backend
+def test_softmax_temperature_is_the_confidence_s_alone(backend: Backend) -> None:
+    token, confidence = _committed(_row({20: 1.0, 30: 0.0}, softmax_temperature=0.5), backend)
+    assert (token, confidence) == (20, pytest.approx(1 / (1 + math.exp(-2.0))))
+    assert _committed(_row({20: 1.0, 30: 0.0}, softmax_temperature=0.0), backend)[1] == pytest.approx(
+        1 / (1 + math.exp(-1.0))
+    ), "0 is taken as 1"
+
+
+@each_backend
+def test_equal_logits_stay_together(backend: Backend) -> None:
+    """Confidence is 1 over the number of kept tokens, of 3 zeros and one that is hardly larger."""
+    logits = {20: 0.0, 21: 1e-30, 50: -0.0, 99: 0.0}
+
+    def kept(**kwargs: float) -> int:
+        token, confidence = _committed(_row(logits, **kwargs), backend)
+        assert token == 21
+        return round(1 / confidence)
+
+    assert kept(top_k=1) == 1
+    assert kept(top_k=2) == 4, "the second ties with the others"
+    assert kept(top_k=1000) == 4
+    assert kept(top_p=0.25) == 4, "the larger ones have 1/4, and that is not more than top_p"
+    assert kept(top_p=0.2499) == 1
+    assert kept(top_p=1e-9) == 1, "the best always stays"
+    assert kept(top_p=0.3, top_k=1) == 1
+    assert kept(top_p=0.2, top_k=2) == 1
+
+
+@each_backend
+def test_top_p_takes_the_softmax_temperature(backend: Backend) -> None:
+    logits = {20: 2.0, 21: 1.0, 22: 0.0}  # .67, .24, .09 at 1; .87, .12, .02 at 1/2; .42, .33, .25 at 4
+
+    def kept(temperature: float, **kwargs: float) -> float:
+        batch = _row(logits, softmax_temperature=temperature, top_p=0.75, **kwargs)
+        return _committed(batch, backend)[1]
+
+    assert kept(0.5) == 1.0
+    assert kept(1.0) == pytest.approx(1 / (1 + math.exp(-1)))
+    assert kept(4.0) == pytest.approx(1 / (1 + math.exp(-0.25) + math.exp(-0.5)))
+    assert kept(4.0, top_k=2) == pytest.approx(1 / (1 + math.exp(-0.25))), "both: the stricter one"
+
+
+@each_backend
+def test_negative_logits_are_filtered(backend: Backend) -> None:
+    for dtype in backend.dtypes:
+        batch = _row({20: -2.0, 21: -3.0, 22: -3.0, 23: -80.0}, rest=-100.0, top_k=2, dtype=dtype)
+        assert _committed(batch, backend)[1] == pytest.approx(1 / (1 + 2 * math.exp(-1)))
+
+
+@each_backend
+@pytest.mark.parametrize("kept", [{"top_k": 1}, {"top_p": 0.1}], ids=str)
+def test_mask_alone_would_be_kept(backend: Backend, kept: dict) -> None:
+    """Then the floor is the best candidate's logit; and the mask still takes part in the normaliser."""
+    token, confidence = _committed(_row({MASK: 3.0, 20: 1.0, 21: 0.0}, **kept), backend)
+    assert (token, confidence) == (20, pytest.approx(1 / (1 + math.exp(2.0))))
+    token, confidence = _committed(_row({MASK: 0.5, 20: 1.0, 21: 0.0}, **kept), backend)
+    assert (token, confidence) == (20, 1.0), "a mask below the floor goes like any token"
+
+
+@each_compiled
+def test_filter_that_keeps_all_changes_no_bit(backend: Backend) -> None:
+    plain = Batch([5, 2], value=0.01)
+    for knob, x in [(Knob.TOP_K, 1000), (Knob.TOP_K, 5000), (Knob.TOP_P, 1.0), (Knob.TOP_P, 0.0)]:
+        batch = plain.copy()
+        batch.knobs[:, knob], batch.filtered = x, True
+        batch.run(backend)
+        truth = plain.copy().run(backend)
+        assert torch.equal(batch.confidence, truth.confidence)
+        assert torch.equal(batch.tokens, truth.tokens)
+
+
+@each_compiled
+def test_rows_have_their_own_filters(backend: Backend) -> None:
+    batch = Batch([3, 4, 2, 5], value=0.01, top_p=0.6)
+    batch.knobs[1, Knob.TOP_P] = 1.0
+    batch.knobs[2, Knob.TOP_P], batch.knobs[2, Knob.TOP_K] = 0.0, 3
     truth = batch.copy().run(Backend("reference"))
-    batch.logits = wide[:, :500]
     batch.run(backend).assert_same(truth)
+    ignored = Batch([3], value=0.01, top_k=1)
+    ignored.filtered = False
+    truth = ignored.copy().run(Backend("reference"))
+    ignored.run(backend).assert_same(truth)
+    assert float(ignored.confidence.max()) < 1
+
+
+@each_compiled
+def test_samples_are_of_the_kept_tokens(backend: Backend) -> None:
+    for dtype in backend.dtypes:
+        batch = Batch([3, 2], vocab=900, dtype=dtype, temperature=3.0, top_k=4, value=1e-30, spread=1.0)
+        truth = batch.copy().run(Backend("reference"))
+        batch.run(backend).assert_same(truth)
+        for b, row in enumerate(batch.cu_rows[:2].tolist()):
+            candidates = batch.logits[row].float().clone()
+            candidates[MASK] = -torch.inf
+            assert int(batch.tokens[b, batch.positions[row]]) in candidates.topk(4).indices
+
+
+@each_compiled
+def test_many_sequences(backend: Backend) -> None:
+    masks = [1, 0, 2, 1, 0, 0, 3, *[1] * 9, 0]
+    for top_k in (0, 3):
+        batch = Batch(masks, vocab=200, value=0.3, top_k=top_k)
+        truth = batch.copy().run(Backend("reference"))
+        batch.run(backend).assert_same(truth)
+
+
+@each_backend
+def test_rows_of_no_sequence_are_left_out(backend: Backend) -> None:
+    if not backend.is_cuda and backend.name != "reference":
+        pytest.skip("the CPU kernels' checks refuse them")
+    for top_k in (0, 3):
+        batch = Batch([2, 3], vocab=200, value=0.3, top_k=top_k)
+        truth = batch.copy().run(Backend("reference"))
+        batch.logits = torch.cat((batch.logits, torch.full((3, 200), torch.nan)))
+        batch.positions = torch.cat((batch.positions, torch.zeros(3, dtype=torch.int64)))
+        batch.run(backend).assert_same(truth)
 
 
 def test_philox_known_answers() -> None:
@@ -364,6 +578,7 @@ def test_philox_known_answers() -> None:
         ("rows", lambda x: x[:, :4].contiguous(), "rows has shape"),
         ("rows", lambda x: x + 1000, r"rows\[0\] has first"),
         ("knobs", lambda x: x.double(), "knobs has another dtype"),
+        ("knobs", lambda x: x[:, :2].contiguous(), r"knobs has shape \[1, 2\]; takes \[1, 5\]"),
     ],
 )
 def test_bad_arguments(name: str, change, message: str) -> None:
@@ -375,3 +590,4 @@ def test_bad_arguments(name: str, change, message: str) -> None:
 
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.fastdllm_ext.unmask.default, Batch([4, 2], value=0.2).args)
+    torch.library.opcheck(torch.ops.fastdllm_ext.unmask.default, Batch([4, 2], top_p=0.9).args)

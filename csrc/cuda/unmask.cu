@@ -105,6 +105,15 @@ __device__ __forceinline__ Stream stream_of(const RowState& row, int64_t positio
           static_cast<uint32_t>(row.stream)};
 }
 
+// A Vector<T> as it comes from memory: nothing waits for it before its logits are asked for.
+using Raw = Vector<uint32_t>;
+template <class T> __device__ __forceinline__ float logit(const Raw& raw, int j) {
+  if constexpr (sizeof(T) == sizeof(uint32_t))
+    return __uint_as_float(raw.x[j]);
+  else
+    return to_float(T{static_cast<uint16_t>(raw.x[j / 2] >> j % 2 * 16)});
+}
+
 // What a thread has of a row: vectors first, first + kThreads, ..., kCount of them.
 template <class T> struct ThreadTokens {
   static constexpr int kCount = kPerThread / kVector<T>;
@@ -112,16 +121,16 @@ template <class T> struct ThreadTokens {
   int64_t first, whole, vocab; // the row's first `whole` vectors can be loaded as such
 
   // Vector i; -inf past the end of the row.
-  __device__ __forceinline__ Vector<T> load(int i) const {
+  __device__ __forceinline__ Raw load(int i) const {
     const int64_t index = first + i * kThreads;
     if (index < whole)
-      return reinterpret_cast<const Vector<T>*>(row)[index];
+      return reinterpret_cast<const Raw*>(row)[index];
     Vector<T> v;
     for (int j = 0; j < kVector<T>; ++j) {
       const int64_t token = index * kVector<T> + j;
       v.x[j] = token < vocab ? row[token] : from_float<T>(-INFINITY);
     }
-    return v;
+    return same_bits<Raw>(v);
   }
   // The token that logit i of the thread belongs to; it ascends with i.
   __device__ __forceinline__ uint32_t token(int i) const {
@@ -134,7 +143,7 @@ template <class T> struct ThreadTokens {
 __device__ __forceinline__ float warp_second(const float (&l)[kPerThread]) {
   float first = -INFINITY, second = -INFINITY;
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
+  for (int i = kPerThread - 1; i >= 0; --i) { // upwards, the compiler would keep the maxima of another loop
     second = fmaxf(second, fminf(l[i], first));
     first = fmaxf(first, l[i]);
   }
@@ -154,14 +163,14 @@ __device__ __forceinline__ uint32_t best_noisy(const ThreadTokens<T>& tokens, in
   uint32_t best = kNoToken;
 #pragma unroll 1
   for (int i = 0; i < kPerThread; i += kVector<T>) {
-    const Vector<T> v = tokens.load(i / kVector<T>);
+    const Raw raw = tokens.load(i / kVector<T>);
 #pragma unroll
     for (int j = 0; j < kVector<T>; ++j) {
       const uint32_t token = tokens.token(i + j);
       const Philox4 words = stream(token / 4); // once for four tokens
       const float noise = gumbel<uint32_t>(static_cast<float>(words.x[j % 4]));
-      const float noisy = noisy_logit(to_float(v.x[j]), temperature, noise);
-      if (noisy > value && token != mask_id && to_float(v.x[j]) >= floor) {
+      const float noisy = noisy_logit(logit<T>(raw, j), temperature, noise);
+      if (noisy > value && token != mask_id && logit<T>(raw, j) >= floor) {
         value = noisy;
         best = token;
       }
@@ -297,10 +306,10 @@ template <class T> __global__ void __launch_bounds__(kThreads, 4) unmask_parts(U
   const bool is_aligned = reinterpret_cast<uintptr_t>(row) % sizeof(Vector<T>) == 0;
   const ThreadTokens<T> tokens{row, part * (kPart / kVector<T>)+threadIdx.x,
                                is_aligned ? p.vocab / kVector<T> : 0, p.vocab};
-  Vector<T> v[tokens.kCount];
+  Raw raw[tokens.kCount];
 #pragma unroll
   for (int i = 0; i < tokens.kCount; ++i) // all on their way before anything else is asked for
-    v[i] = tokens.load(i);
+    raw[i] = tokens.load(i);
 
   const int64_t b = sequence_of(r, p.cu_rows, p.sequences);
   if (b < 0)
@@ -311,7 +320,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 4) unmask_parts(U
   float l[kPerThread];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i)
-    l[i] = to_float(v[i / kVector<T>].x[i % kVector<T>]);
+    l[i] = logit<T>(raw[i / kVector<T>], i % kVector<T>);
   if (p.mask_id / kPart == part) {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i)
