@@ -82,7 +82,7 @@ class Bench:
         else:
             self.cache = _last_cache()
             memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self.largest_set = memory // 12
+        self.largest_set = memory // 24
         self.rotation = min(4 * self.cache, 3 << 29)
 
     def sets(self, set_bytes: int) -> int:
