@@ -260,7 +260,7 @@ def _varlen(q: Tensor, pages: Tensor, dense: list, table: Tensor, offsets: Tenso
 
 def _flashinfer(q: Tensor, pages: Tensor, dense: list, table: Tensor, offsets: Tensor, model: Model) -> Call:
     """flashinfer's prefill over our own pages."""
-    import flashinfer
+    import flashinfer  # type: ignore[import-not-found]
 
     batch, blocks = table.shape
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
@@ -295,9 +295,9 @@ def _check_same(calls: dict[str, Call], shape: tuple[int, ...], missing: dict[st
             continue
         out = (out.transpose(1, 2) if out.dim() == 4 else out).reshape(shape).float()
         truth = out if truth is None else truth
-        error = float((out - truth).norm() / truth.norm())
-        if not error < 2e-2:
-            raise AssertionError(f"{name} differs from {next(iter(calls))}: {error:.1e} of the norm")
+        distance = float((out - truth).norm() / truth.norm())
+        if not distance < 2e-2:
+            raise AssertionError(f"{name} differs from {next(iter(calls))}: {distance:.1e} of the norm")
 
 
 def unmask(bench: Bench, model: Model, dtype: torch.dtype, batch: int) -> Case:
