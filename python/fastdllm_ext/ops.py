@@ -43,7 +43,7 @@ class Score(IntEnum):
     """What the masked positions of a row are ranked by; the stored confidence too.
 
     With p the softmax over the kept tokens: the candidate's p; uniform noise; the largest p minus the second
-    (without the mask); the negative entropy Σ p log p, which is 0 at most (Dream's ``margin`` and ``entropy``).
+    (without the mask); the negative entropy Σ p log p, at most 0 (Dream's ``margin`` and ``entropy``).
     """
 
     PROBABILITY = 0
