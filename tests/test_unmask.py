@@ -392,8 +392,9 @@ def test_scores_against_reference(backend: Backend, rule: Rule, score: Score, ke
 
 
 def _row(logits: dict[int, float], rest: float = -torch.inf, **kwargs: Any) -> Batch:
-    """One masked position; the logits of a few tokens out of 100, and that of the others."""
+    """One masked position: logits of a few tokens, the others' one, 100 in all; behind them 300."""
     batch = Batch([1], vocab=100, **kwargs)
+    batch.logits = torch.full((1, 120), 300.0, dtype=batch.logits.dtype)[:, :100]
     batch.logits.fill_(rest)
     for token, logit in logits.items():
         batch.logits[0, token] = logit
@@ -478,10 +479,13 @@ def test_top_p_takes_the_softmax_temperature(backend: Backend) -> None:
 
 
 @each_backend
-def test_negative_logits_are_filtered(backend: Backend) -> None:
+def test_filter_tells_neighbours_apart(backend: Backend) -> None:
     for dtype in backend.dtypes:
         batch = _row({20: -2.0, 21: -3.0, 22: -3.0, 23: -80.0}, rest=-100.0, top_k=2, dtype=dtype)
         assert _committed(batch, backend)[1] == pytest.approx(1 / (1 + 2 * math.exp(-1)))
+        next_to_one = 1 + torch.finfo(dtype).eps
+        for near in ({20: next_to_one, 21: 1.0}, {20: -1.0, 21: -next_to_one}):
+            assert _committed(_row(near, top_k=1, dtype=dtype), backend) == (20, 1.0)
 
 
 @each_backend
@@ -492,6 +496,11 @@ def test_mask_alone_would_be_kept(backend: Backend, kept: dict) -> None:
     assert (token, confidence) == (20, pytest.approx(1 / (1 + math.exp(2.0))))
     token, confidence = _committed(_row({MASK: 0.5, 20: 1.0, 21: 0.0}, **kept), backend)
     assert (token, confidence) == (20, 1.0), "a mask below the floor goes like any token"
+    assert _committed(_row({MASK: 1.0, 20: 1.0}, **kept), backend) == (20, 0.5), "one at the floor stays"
+    without = _row({20: 1.0, 21: 0.0}, **kept)
+    without.mask_id = 100  # no token of the vocabulary
+    without.tokens[0, without.positions] = 100
+    assert _committed(without, backend) == (20, 1.0)
 
 
 @each_compiled
@@ -518,6 +527,14 @@ def test_rows_have_their_own_filters(backend: Backend) -> None:
     truth = ignored.copy().run(Backend("reference"))
     ignored.run(backend).assert_same(truth)
     assert float(ignored.confidence.max()) < 1
+
+
+@each_compiled
+def test_noise_that_is_rounded_away_leaves_the_lowest_token(backend: Backend) -> None:
+    batch = Batch([2], vocab=9000, temperature=1.0, value=1e-30)
+    batch.logits.fill_(2.0**30)
+    batch.run(backend)
+    assert batch.tokens[0, batch.positions].tolist() == [0, 0]
 
 
 @each_compiled

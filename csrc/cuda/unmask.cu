@@ -198,7 +198,7 @@ __device__ __forceinline__ float row_score(const Partial& parts, float mask, con
   mask_only.largest = mask;
   mask_only.sum = 1;
   const Partial all = merge(parts, mask_only);
-  if (!(all.sum < INFINITY) || parts.value == -INFINITY)
+  if (all.sum != all.sum || parts.value == -INFINITY)
     return NAN;
   const auto weight = [&](float l) { return expf((l - all.largest) / softmax_temperature(knobs)); };
   switch (score) {
@@ -222,13 +222,13 @@ __device__ __forceinline__ void score_rows(const UnmaskParams& p, int64_t b, int
   const Merge merge{kLog2e / softmax_temperature(knobs)};
   const Partial* partials = reinterpret_cast<const Partial*>(p.partials);
   const int64_t end = p.cu_rows[b + 1];
-  for (int64_t base = p.cu_rows[b]; base < end; base += kRowsAtOnce) { // whole warps, for the shuffles
-    const int64_t r = base + group;
+  for (int64_t base = p.cu_rows[b]; base < end; base += kRowsAtOnce) {
+    const int64_t r = Least{}(base + group, end - 1); // the groups past the end repeat the last row
     Partial x;
-    for (int64_t part = lane; part < parts && r < end; part += kGroup)
+    for (int64_t part = lane; part < parts; part += kGroup)
       x = merge(x, partials[r * parts + part]);
     x = warp_reduce(x, merge, kGroup);
-    if (lane != 0 || r >= end)
+    if (lane != 0)
       continue;
     const T* logits = static_cast<const T*>(p.logits) + r * p.logits_stride;
     const float mask = p.mask_id < p.vocab ? to_float(logits[p.mask_id]) : -INFINITY;
@@ -326,7 +326,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 4) unmask_parts(U
     for (int i = 0; i < kPerThread; ++i)
       l[i] = tokens.token(i) == p.mask_id ? -INFINITY : l[i];
   }
-  if (floor > -INFINITY) {
+  if (p.floor != nullptr) {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i)
       l[i] = l[i] < floor ? -INFINITY : l[i]; // a NaN stays
