@@ -1,10 +1,10 @@
 // What one block of paged_attention works on, and how its keys and values get into shared memory.
 //
-// A tile of rows is `kRows` query rows of one sequence and KV head: row r is query r / group, head r % group of
-// the group, so that K and V are read once for all heads of a group. The keys of a tile of rows are split over
-// blocks, evenly in tiles of `kKeys` keys; how many splits there are follows from the sequence alone (and from
-// the device), so its bits do not depend on the batch. A block walks over its tiles of keys, `stages` of them in
-// shared memory at a time.
+// A tile of rows is `kRows` query rows of one sequence and KV head: row r is query r / group, head r % group
+// of the group, so that K and V are read once for all heads of a group. The keys of a tile of rows are split
+// over blocks, evenly in tiles of `kKeys` keys; how many splits there are follows from the sequence alone
+// (and from the device), so its bits do not depend on the batch. A block walks over its tiles of keys,
+// `stages` of them in shared memory at a time.
 #pragma once
 
 #include "cuda/ptx.h"
@@ -17,8 +17,8 @@ inline constexpr int kMaxSplits = kWarp; // a lane each when they are merged
 inline constexpr int kLeastTiles = 2;    // of keys in a split
 inline constexpr int kMaxStages = 3;
 
-// What the host decides for a launch. Sequences with at most `above` or more than `upto` rows of a KV head are
-// another launch's.
+// What the host decides for a launch. Sequences with at most `above` or more than `upto` rows of a KV head
+// are another launch's.
 struct AttentionPlan {
   int above, upto;
   int group;              // query heads of a KV head
@@ -47,14 +47,14 @@ struct SequenceWork {
     tiles = (kv_len + key_count - 1) / key_count;
     // As many as fill the device, were the sequence alone.
     int wanted = rows > 0 ? plan.slots / (static_cast<int>(p.kv_heads) * row_tiles) : 0;
-    wanted = Least{}(wanted, Least{}(tiles / kLeastTiles, kMaxSplits));
-    tiles_per_split = wanted > 1 ? (tiles + wanted - 1) / wanted : tiles;
+    wanted = Most{}(Least{}(wanted, Least{}(tiles / kLeastTiles, kMaxSplits)), 1);
+    tiles_per_split = (tiles + wanted - 1) / wanted;
     splits = tiles > 0 ? (tiles + tiles_per_split - 1) / tiles_per_split : 1;
   }
 };
 
-// Where the partial results of a tile of rows begin in the scratch memory: splits in order, each row_count rows
-// of head_dim sums, the largest score and the sum of weights.
+// Where the partial results of a tile of rows begin in the scratch memory: splits in order, each row_count
+// rows of head_dim sums, the largest score and the sum of weights.
 __device__ __forceinline__ float* partial_rows(const PagedAttentionParams& p, const AttentionPlan& plan,
                                                const SequenceWork& work, int64_t b, int kv_head, int row_tile,
                                                int split, int row_count) {
@@ -82,7 +82,7 @@ template <class T, int kDim, int kKeys> struct Stage {
   SharedRow<T, kDim> k[kKeys], v[kKeys];
 };
 
-// Rows past the end of the sequence are zero in V, where a weight of zero meets them, and anything in K.
+// Rows past the end of the sequence are zero, since weights of zero meet them in V.
 template <class T, int kDim, int kKeys, bool kBulk> class KeyLoader {
   static constexpr int kChunks = kDim / kVector<T>;
   static_assert(kKeys * kChunks % kAttentionThreads == 0 && kDim % kVector<T> == 0);
@@ -92,7 +92,9 @@ public:
       : k_(static_cast<const T*>(p.k_pages)), v_(static_cast<const T*>(p.v_pages)),
         table_(p.block_table + b * p.max_blocks), kv_head_(kv_head), kv_heads_(p.kv_heads),
         kv_len_(p.kv_lens[b]), head_dim_(static_cast<int>(p.head_dim)),
-        page_size_(static_cast<int>(p.page_size)), shift_(p.page_size == 16 ? 4 : p.page_size == 32 ? 5 : 6) {}
+        page_size_(static_cast<int>(p.page_size)), shift_(p.page_size == 16   ? 4
+                                                          : p.page_size == 32 ? 5
+                                                                              : 6) {}
 
   // Zeros behind head_dim, which no copy touches: K's are multiplied by Q's.
   __device__ void clear_padding(Stage<T, kDim, kKeys>* stages, int count) const {
@@ -101,46 +103,48 @@ public:
         stages[i / kKeys].k[i % kKeys].x[d] = T{};
   }
 
-  // Looks up the pages from the tile's first on, a lane each. A step ahead of load(), whose addresses wait for them.
+  // Looks up the pages from the tile's first on, a lane each. A step ahead of load(), whose addresses wait
+  // for them.
   __device__ void find_pages(int tile) {
     first_block_ = tile * kKeys >> shift_;
     const int block = first_block_ + static_cast<int>(threadIdx.x % kWarp);
     page_ = block << shift_ < kv_len_ ? table_[block] : 0;
   }
 
-  // Starts the copies of the tile that find_pages saw last.
+  // Starts the copies of the tile that find_pages saw last. Bulk copies report to the barrier, whose only
+  // arrival in this phase is here; it may come after some of the copies.
   __device__ void load(Stage<T, kDim, kKeys>& stage, int tile, uint64_t* barrier) const {
+    const int first_key = tile * kKeys;
     if constexpr (kBulk) {
+      const uint32_t row_bytes = static_cast<uint32_t>(head_dim_ * sizeof(T));
+      if (threadIdx.x == 0)
+        mbarrier_arrive_expect(barrier,
+                               2 * row_bytes * static_cast<uint32_t>(Least{}(kv_len_ - first_key, kKeys)));
       for (int i = threadIdx.x; i < 2 * kKeys; i += kAttentionThreads) {
-        const int row = i % kKeys, key = tile * kKeys + row;
-        const int64_t from = offset(key);
-        SharedRow<T, kDim>& to = i < kKeys ? stage.k[row] : stage.v[row];
-        if (key < kv_len_)
-          bulk_copy(&to, (i < kKeys ? k_ : v_) + from, row_bytes(), barrier);
-        else if (i >= kKeys)
+        const bool is_k = i < kKeys;
+        const int row = i % kKeys;
+        const int64_t from = offset(first_key + row);
+        SharedRow<T, kDim>& to = is_k ? stage.k[row] : stage.v[row];
+        if (first_key + row < kv_len_)
+          bulk_copy(&to, (is_k ? k_ : v_) + from, row_bytes, barrier);
+        else
           to = SharedRow<T, kDim>{};
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kKeys * kChunks; i += kAttentionThreads) {
         const int row = (i + threadIdx.x) / kChunks, column = (i + threadIdx.x) % kChunks * kVector<T>;
-        const int key = tile * kKeys + row;
-        const int64_t from = offset(key) + column;
+        const int64_t from = offset(first_key + row) + column;
+        const bool live = first_key + row < kv_len_;
         if (column < head_dim_) {
-          cp_async_16(&stage.k[row].x[column], k_ + from, key < kv_len_);
-          cp_async_16(&stage.v[row].x[column], v_ + from, key < kv_len_);
+          cp_async_16(&stage.k[row].x[column], k_ + from, live);
+          cp_async_16(&stage.v[row].x[column], v_ + from, live);
         }
       }
     }
   }
 
-  // What load() will report to the tile's barrier.
-  __device__ uint32_t bytes(int tile) const {
-    return 2 * row_bytes() * static_cast<uint32_t>(Least{}(kv_len_ - tile * kKeys, kKeys));
-  }
-
 private:
-  __device__ uint32_t row_bytes() const { return static_cast<uint32_t>(head_dim_ * sizeof(T)); }
   __device__ int64_t offset(int key) const {
     const int page = __shfl_sync(kAllLanes, page_, (key >> shift_) - first_block_);
     return ((page * kv_heads_ + kv_head_) * page_size_ + (key & (page_size_ - 1))) * head_dim_;
@@ -157,7 +161,8 @@ private:
 // Results
 // ---------------------------------------------------------------------------------------------------------
 
-// Takes a row of sums weights * V: into `out` divided by the sum of weights, or as it is into a partial result.
+// Takes a row of sums weights * V: into `out` divided by the sum of weights, or as it is into a partial
+// result.
 template <class T> class RowWriter {
 public:
   __device__ RowWriter(T* out, float* partial, int head_dim, float largest, float sum)

@@ -1,6 +1,6 @@
-// The arithmetic of one block of paged_attention: scores, online softmax and sums over a tile of keys in shared
-// memory. Two kinds with the same face: tensor cores for bfloat16 and float16, plain float arithmetic for
-// float32. Scores are in units of log2, so that weights are powers of two.
+// The arithmetic of one block of paged_attention: scores, online softmax and sums over a tile of keys in
+// shared memory. Two kinds with the same face: tensor cores for bfloat16 and float16, plain float arithmetic
+// for float32. Scores are in units of log2, so that weights are powers of two.
 #pragma once
 
 #include "cuda/attention_pipeline.h"
@@ -9,8 +9,8 @@ namespace fastdllm::cuda {
 
 // ---------------------------------------------------------------------------------------------------------
 // Tensor cores. Four warps: kRowWarps over the rows, the others over the keys of a tile. A warp takes
-// kRowTiles x 16 rows and keeps their sums in registers, in the layout of mma_m16n8k16's D. Warps of other keys
-// have softmax states of their own, merged at the end.
+// kRowTiles x 16 rows and keeps their sums in registers, in the layout of mma_m16n8k16's D. Warps of other
+// keys have softmax states of their own, merged at the end.
 // ---------------------------------------------------------------------------------------------------------
 
 template <class T, int kDim_, int kRowWarps, int kRowTiles> struct TensorTile {
@@ -88,7 +88,6 @@ template <class T, int kDim_, int kRowWarps, int kRowTiles> struct TensorTile {
       }
     }
 
-    const bool all = keys >= kKeys;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
       float top[2] = {largest[i][0], largest[i][1]};
@@ -97,7 +96,7 @@ template <class T, int kDim_, int kRowWarps, int kRowTiles> struct TensorTile {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int key = first_key + 8 * n + lane % 4 * 2 + e % 2;
-          s[i][n][e] = all || key < keys ? s[i][n][e] * scale : -INFINITY;
+          s[i][n][e] = key < keys ? s[i][n][e] * scale : -INFINITY;
           top[e / 2] = fmaxf(top[e / 2], s[i][n][e]);
         }
       float shrink[2];
@@ -144,7 +143,8 @@ template <class T, int kDim_, int kRowWarps, int kRowTiles> struct TensorTile {
   }
 
   // writer(row, largest, sum) for the tile's rows, of which there are `rows`.
-  template <class Writer> __device__ void finish(int rows, int head_dim, Stage* stages, const Writer& writer) {
+  template <class Writer>
+  __device__ void finish(int rows, int head_dim, Stage* stages, const Writer& writer) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
@@ -186,7 +186,7 @@ template <class T, int kDim_, int kRowWarps, int kRowTiles> struct TensorTile {
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n)
           *reinterpret_cast<Pack<float, 2>*>(&merge.o[row][8 * n + lane % 4 * 2]) = {o[i][n][2 * h],
-                                                                                    o[i][n][2 * h + 1]};
+                                                                                     o[i][n][2 * h + 1]};
       }
   }
 
@@ -211,8 +211,9 @@ template <class T, int kDim_, int kRowWarps, int kRowTiles> struct TensorTile {
 };
 
 // ---------------------------------------------------------------------------------------------------------
-// float32. A warp takes kWarpRows rows and all keys. Scores: a lane has one key, and kLaneRows of the rows; the
-// weights go through shared memory. Sums: a lane has the columns lane, lane + 32, ... of all the warp's rows.
+// float32. A warp takes kWarpRows rows and all keys. Scores: a lane has one key, and kLaneRows of the rows;
+// the weights go through shared memory. Sums: a lane has the columns lane, lane + 32, ... of all the warp's
+// rows.
 // ---------------------------------------------------------------------------------------------------------
 
 template <int kDim_> struct FloatTile {

@@ -120,6 +120,10 @@ struct Least {
   template <class T> __device__ __forceinline__ T operator()(T a, T b) const { return a < b ? a : b; }
 };
 
+struct Most {
+  template <class T> __device__ __forceinline__ T operator()(T a, T b) const { return a < b ? b : a; }
+};
+
 // Over a block of whole warps; `shared` has kWarp elements and is free again afterwards.
 template <class T, class Op> __device__ T block_reduce(T x, T identity, Op op, T* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;

@@ -5,13 +5,14 @@
 //   block_table [sequences, max_blocks], kv_lens [sequences], cu_seqlens_q [sequences + 1]
 //
 // Blocks (x, y, z): z is a sequence, y a KV head, x a tile of rows and a split of the keys
-// (attention_pipeline.h). The last z zeroes the tokens outside of all sequences. The rows of a sequence decide which of up to
-// three kernels takes it, so that its bits do not depend on the batch: each launch passes over the sequences of
-// the others. Where keys are split, merge_splits adds up the partial results by an exact log-sum-exp.
+// (attention_pipeline.h). The last z zeroes the tokens outside of all sequences. The rows of a sequence
+// decide which of up to three kernels takes it, so that its bits do not depend on the batch: each launch
+// passes over the sequences of the others. Where keys are split, merge_splits adds up the partial results by
+// an exact log-sum-exp.
 //
 // Bytes: K and V of a sequence once for each tile of rows, from memory the first time. A block step of 32
-// queries without groups is one tile of 32 rows: bound by those bytes. Partial results are a quarter as many for
-// splits of 256 keys, and fewer for longer ones.
+// queries without groups is one tile of 32 rows: bound by those bytes. Partial results are a quarter as many
+// for splits of 256 keys, and fewer for longer ones.
 //
 // Assumes q_heads % kv_heads == 0, head_dim a multiple of 8 up to 256, pages of 16, 32 or 64. Keys at
 // kv_lens[b] and after are never used. No atomics.
@@ -37,8 +38,8 @@ template <class Tile> constexpr size_t shared_bytes(int stages) {
 }
 
 template <class T>
-__device__ void zero_rows(const PagedAttentionParams& p, const AttentionPlan& plan, int64_t first_token, int kv_head,
-                          int first_row, int rows) {
+__device__ void zero_rows(const PagedAttentionParams& p, const AttentionPlan& plan, int64_t first_token,
+                          int kv_head, int first_row, int rows) {
   for (int r = threadIdx.x / kWarp; r < rows; r += kAttentionThreads / kWarp)
     for (int d = threadIdx.x % kWarp; d < p.head_dim; d += kWarp)
       static_cast<T*>(p.out)[row_offset(p, plan, first_token, kv_head, first_row + r) + d] = T{};
@@ -52,7 +53,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksAtATime)
   const int64_t b = blockIdx.z;
   const int kv_head = static_cast<int>(blockIdx.y), head_dim = static_cast<int>(p.head_dim);
   if (b == p.sequences) {
-    for (int64_t token = p.cu_seqlens_q[b] + blockIdx.x; token < p.tokens && plan.above == 0; token += gridDim.x)
+    for (int64_t token = p.cu_seqlens_q[b] + blockIdx.x; token < p.tokens && plan.above == 0;
+         token += gridDim.x)
       zero_rows<T>(p, plan, token, kv_head, 0, plan.group);
     return;
   }
@@ -73,15 +75,12 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksAtATime)
 
   if constexpr (kBulk) {
     if (threadIdx.x == 0)
-      for (int i = 0; i < plan.stages; ++i) {
+      for (int i = 0; i < plan.stages; ++i)
         mbarrier_init(&shared.barriers[i], 1);
-        if (i < plan.stages - 1 && first_tile + i < end_tile)
-          mbarrier_arrive_expect(&shared.barriers[i], loader.bytes(first_tile + i));
-      }
     __syncthreads();
   }
   for (int i = threadIdx.x; i < kRows * (kDim / kVector<T>); i += kAttentionThreads) {
-    const int row = i / (kDim / kVector<T>), column = i % (kDim / kVector<T>) * kVector<T>;
+    const int row = i / (kDim / kVector<T>), column = i % (kDim / kVector<T>)*kVector<T>;
     const bool inside = row < rows && column < head_dim;
     const T* from = static_cast<const T*>(p.q);
     if (inside)
@@ -105,8 +104,6 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksAtATime)
     if constexpr (kBulk) {
       cp_async_wait<0>(); // the queries
       mbarrier_wait(&shared.barriers[stage], round & 1);
-      if (threadIdx.x == 0 && next < end_tile)
-        mbarrier_arrive_expect(&shared.barriers[next_stage], loader.bytes(next));
     } else if (plan.stages == 2) {
       cp_async_wait<0>();
     } else {
@@ -127,16 +124,19 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksAtATime)
     }
   }
 
-  float* partial = work.splits > 1 ? partial_rows(p, plan, work, b, kv_head, row_tile, split, kRows) : nullptr;
+  float* partial =
+      work.splits > 1 ? partial_rows(p, plan, work, b, kv_head, row_tile, split, kRows) : nullptr;
   tile.finish(rows, head_dim, stages, [&](int row, float largest, float sum) {
-    return RowWriter<T>(static_cast<T*>(p.out) + row_offset(p, plan, work.first_token, kv_head, first_row + row),
+    return RowWriter<T>(static_cast<T*>(p.out) +
+                            row_offset(p, plan, work.first_token, kv_head, first_row + row),
                         partial ? partial + row * (p.head_dim + 2) : nullptr, head_dim, largest, sum);
   });
 }
 
 // A warp a row: out = sum_s w_s o_s / sum_s w_s sum_s with w_s = 2^(largest_s - largest of all).
 template <class Tile>
-__global__ void __launch_bounds__(kAttentionThreads) merge_splits(PagedAttentionParams p, AttentionPlan plan) {
+__global__ void __launch_bounds__(kAttentionThreads)
+    merge_splits(PagedAttentionParams p, AttentionPlan plan) {
   using T = typename Tile::Element;
   const int64_t b = blockIdx.y;
   const SequenceWork work(p, plan, b, Tile::kRows, Tile::kKeys);
@@ -245,7 +245,8 @@ struct Launcher {
     if (const char* error = launch(attend<Tile, kBulk>, grid, kAttentionThreads,
                                    shared_bytes<Tile>(plan.stages), stream, p, plan))
       return error;
-    const int64_t split_rows = least(rows * p.kv_heads, plan.slots / 2 * Tile::kRows); // at most, of all heads
+    const int64_t split_rows =
+        least(rows * p.kv_heads, plan.slots / 2 * Tile::kRows); // at most, of all heads
     if (filling < 2 || split_rows == 0 || p.sequences == 0)
       return nullptr;
     constexpr int kWarps = kAttentionThreads / kWarp;
