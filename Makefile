@@ -12,13 +12,14 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 PYTHON_ON = PYTHONPATH=$(1):$(SITE) $(abspath $(BIN))/python -S
 
-.PHONY: help install demo test lint format wheel asan bench bench-cpp clean
+.PHONY: help install demo test lint format wheel asan mutants bench bench-cpp clean
 help:
 	@echo "make demo    build, then the bundled model: unpatched against patched, one table"
 	@echo "make test    build, then the whole test-suite"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make wheel   build as plain pip does, with build isolation, and try the result"
 	@echo "make asan    the operations' tests under AddressSanitizer and UBSan"
+	@echo "make mutants  does the suite notice every fault that is planted in a CUDA kernel? (an hour)"
 	@echo "make bench   every operation beside torch and beside a copy"
 	@echo "make bench-cpp  the kernels without torch (needs Google Benchmark); BENCH_FLAGS=--benchmark_..."
 
@@ -71,6 +72,10 @@ asan: install
 	  ASAN_OPTIONS=detect_leaks=0 $(call PYTHON_ON,build/asan/site) -m pytest \
 	  tests/test_paged_attention.py tests/test_rope_write_kv.py tests/test_unmask.py tests/test_copy_pages.py \
 	  tests/test_elementwise.py tests/test_cache.py
+
+# An hour or so. Removes every barrier and flips every bound of the CUDA kernels, one at a time.
+mutants: install
+	$(BIN)/python tests/simt/mutate.py --out docs/mutation.md $(MUTATE_FLAGS)
 
 bench: install
 	$(BIN)/python benchmarks/ops.py --out build/bench/ops.json

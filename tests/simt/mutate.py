@@ -112,8 +112,15 @@ def mutants_of(path: Path) -> list[Mutant]:
     return found
 
 
+# Builds that judge a mutant, the quick one first: plain with checked array indices, then AddressSanitizer.
+BUILDS = {
+    "bounds": ["-DCMAKE_CXX_FLAGS_DEBUG=-O1 -fsanitize=bounds -fsanitize-undefined-trap-on-error"],
+    "asan": ["-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1", "-DFASTDLLM_SANITIZE=ON"],
+}
+
+
 class Workshop:
-    """A copy of the sources with a build tree of its own."""
+    """A copy of the sources with build trees of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -121,11 +128,12 @@ class Workshop:
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.pyc", "results"))
         for name in ("CMakeLists.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, folder)
-        self.run(
-            "cmake", "-S", ".", "-B", "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Debug", "-DFASTDLLM_SIMT=ON",
-            "-DCMAKE_CXX_FLAGS_DEBUG=-O1", "-DFASTDLLM_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}",
-        )  # fmt: skip
-        self.run("cmake", "--build", "build", "--target", "_simt")
+        for build, flags in BUILDS.items():
+            self.run(
+                "cmake", "-S", ".", "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Debug", "-DFASTDLLM_SIMT=ON",
+                "-DFASTDLLM_PORTABLE=ON", "-DFASTDLLM_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}", *flags,
+            )  # fmt: skip
+            self.build(build)
 
     def run(self, *command: str, timeout: float | None = None, **more: str) -> None:
         scripts = sysconfig.get_path("scripts")
@@ -134,26 +142,38 @@ class Workshop:
             command, cwd=self.folder, env=environment, check=True, capture_output=True, text=True, timeout=timeout
         )
 
+    def build(self, name: str) -> None:
+        self.run("cmake", "--build", name, "--target", "_simt", "-j", "1")
+
     def is_caught(self, mutant: Mutant) -> str | None:
         """What noticed it: the compiler, a test, or nothing."""
         path = self.folder / "csrc" / "cuda" / mutant.file
         source = path.read_text(encoding="utf-8")
         path.write_text(source[: mutant.begin] + mutant.text + source[mutant.end :], encoding="utf-8")
         try:
-            self.run("cmake", "--build", "build", "--target", "_simt")
-            return self.failing_test(Path(mutant.file).stem)
+            for build in BUILDS:
+                self.build(build)
+                if failed := self.failing_test(build, Path(mutant.file).stem):
+                    return failed if build == "bounds" else f"{failed} ({build})"
         except subprocess.CalledProcessError:
             return "compiler"
         finally:
             path.write_text(source, encoding="utf-8")
+        return None
 
-    def failing_test(self, stem: str) -> str | None:
+    def failing_test(self, build: str, stem: str) -> str | None:
         tests = TESTS.get(stem) or TESTS[stem.split("_")[0]]
+        more = {"FASTDLLM_SIMT_LIBRARY": str(self.folder / build / "_simt.so")}
+        if build == "asan":
+            libraries = (
+                subprocess.check_output(["g++", f"-print-file-name={name}.so"], text=True).strip()
+                for name in ("libasan", "libstdc++")
+            )
+            more |= {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
         try:
             self.run(
                 sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "simt",
-                *(str(ROOT / "tests" / name) for name in tests),
-                timeout=600, FASTDLLM_SIMT_LIBRARY=str(self.folder / "build" / "_simt.so"),
+                *(str(ROOT / "tests" / name) for name in tests), timeout=600, **more,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return "no end"
@@ -228,10 +248,10 @@ def main() -> None:
         shops: Queue[Workshop] = Queue()
         for job in range(args.jobs):
             shops.put(Workshop(Path(temporary) / str(job)))
-        before = shops.queue[0]
         for stem in sorted({Path(m.file).stem for m in mutants}):
-            if failed := before.failing_test(stem):
-                sys.exit(f"the tests of {stem} fail without any mutation: {failed}")
+            for build in BUILDS:
+                if failed := shops.queue[0].failing_test(build, stem):
+                    sys.exit(f"{build}: the tests of {stem} fail without any mutation: {failed}")
 
         def judge(mutant: Mutant) -> tuple[Mutant, str | None]:
             shop = shops.get()
