@@ -133,7 +133,9 @@ def test_bulk_copies_and_barrier_phases(probe: Probe) -> None:
 
 
 def test_elementwise(probe: Probe) -> None:
-    x = torch.cat([torch.randn(1000) * 30, torch.tensor([0.0, -0.0, 1.0, -200.0, 1e-30, 70000.0, 1.00390625, -2.5])])
+    x = torch.cat(
+        [torch.randn(1000) * 30, torch.tensor([0.0, -0.0, 1.0, -200.0, 1e-30, 70000.0, 1.00390625, -2.5])]
+    )
     x = torch.cat([x, torch.tensor([torch.inf, -torch.inf, torch.nan, -torch.nan])])
     powers, halves = torch.zeros_like(x), torch.zeros(len(x) // 2, dtype=torch.int32)
     brains = halves.clone()
