@@ -1,6 +1,6 @@
 """The wrappers of csrc/cuda/ptx.h against the PTX manual's own words: fragments, matrices, copies, barriers.
 
-The emulator is what the kernels are tested with, so it is tested here first; a device answers the same questions.
+The emulator is what the kernels are tested with, so it is tested here; a device answers the same questions.
 """
 
 from __future__ import annotations

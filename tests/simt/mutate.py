@@ -3,8 +3,8 @@
     python tests/simt/mutate.py --out docs/mutation.md [--only attention] [--jobs 2]
 
 Faults: a barrier or a wait for asynchronous copies removed (``__syncthreads``, ``__syncwarp``,
-``cp_async_wait``, ``mbarrier_wait``); a comparison that includes its bound made to exclude it, or the other way
-round. Every one in device code counts, but for those in EQUIVALENT, which change nothing that a test could see.
+``cp_async_wait``, ``mbarrier_wait``); a comparison that includes its bound made to exclude it, or the other
+way round. Every one in device code counts, but for those in EQUIVALENT, which make the same program.
 """
 
 from __future__ import annotations
@@ -124,6 +124,12 @@ def mutants_of(path: Path) -> list[Mutant]:
     return found
 
 
+def tests_of(mutant: Mutant) -> list[str]:
+    """The files of tests that run the mutant's kernels."""
+    stem = Path(mutant.file).stem
+    return TESTS.get(stem) or TESTS[stem.split("_")[0]]
+
+
 # Builds that judge a mutant, the quick one first: plain with checked array indices, then AddressSanitizer.
 BUILDS = {
     "bounds": ["-DCMAKE_CXX_FLAGS_DEBUG=-O1 -fsanitize=bounds -fsanitize-undefined-trap-on-error"],
@@ -142,8 +148,9 @@ class Workshop:
             shutil.copy(ROOT / name, folder)
         for build, flags in BUILDS.items():
             self.run(
-                "cmake", "-S", ".", "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Debug", "-DFASTDLLM_SIMT=ON",
-                "-DFASTDLLM_PORTABLE=ON", "-DFASTDLLM_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}", *flags,
+                "cmake", "-S", ".", "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
+                "-DCMAKE_BUILD_TYPE=Debug", "-DFASTDLLM_CUDA=OFF", "-DFASTDLLM_PORTABLE=ON",
+                "-DFASTDLLM_SIMT=ON", *flags,
             )  # fmt: skip
             self.build(build)
 
@@ -171,7 +178,7 @@ class Workshop:
         try:
             for build in BUILDS:
                 self.build(build)
-                if failed := self.failing_test(build, Path(mutant.file).stem):
+                if failed := self.failing_test(build, tests_of(mutant)):
                     return failed if build == "bounds" else f"{failed} ({build})"
         except subprocess.CalledProcessError:
             return "compiler"
@@ -179,8 +186,7 @@ class Workshop:
             path.write_text(source, encoding="utf-8")
         return None
 
-    def failing_test(self, build: str, stem: str) -> str | None:
-        tests = TESTS.get(stem) or TESTS[stem.split("_")[0]]
+    def failing_test(self, build: str, tests: list[str]) -> str | None:
         more = {"FASTDLLM_SIMT_LIBRARY": str(self.folder / build / "_simt.so")}
         if build == "asan":
             libraries = (
@@ -191,10 +197,10 @@ class Workshop:
         try:
             self.run(
                 sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "simt",
-                *(str(ROOT / "tests" / name) for name in tests), timeout=300, **more,
+                *(str(ROOT / "tests" / name) for name in tests), timeout=400, **more,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return "no end"
+            return "no end in time"
         except subprocess.CalledProcessError as error:
             failed = re.search(r"FAILED \S+::(\w+)", error.stdout)
             return failed.group(1) if failed else "crash"
@@ -214,8 +220,8 @@ def report(results: list[tuple[Mutant, str | None]]) -> str:
     out = [
         "# Mutation check of the CUDA kernels",
         "",
-        "`make mutants` removes each barrier and each wait for asynchronous copies and flips each comparison in",
-        "device code, one at a time, and runs the emulated tests (tests/simt/mutate.py).",
+        "`make mutants` removes each barrier and each wait for asynchronous copies and flips each comparison",
+        "in device code, one at a time, and runs the emulated tests (tests/simt/mutate.py).",
         "",
         "| file | kind | mutants | caught | same program | missed |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -268,10 +274,10 @@ def main() -> None:
         shops: Queue[Workshop] = Queue()
         for job in range(args.jobs):
             shops.put(Workshop(Path(temporary) / str(job)))
-        for stem in sorted({Path(m.file).stem for m in mutants}):
-            for build in BUILDS:
-                if failed := shops.queue[0].failing_test(build, stem):
-                    sys.exit(f"{build}: the tests of {stem} fail without any mutation: {failed}")
+        everything = sorted({name for m in mutants for name in tests_of(m)})
+        for build in BUILDS:
+            if failed := shops.queue[0].failing_test(build, everything):
+                sys.exit(f"{build}: the tests fail without any mutation: {failed}")
 
         def judge(mutant: Mutant) -> tuple[Mutant, str | None]:
             shop = shops.get()
