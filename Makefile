@@ -18,7 +18,7 @@ help:
 	@echo "make test    build, then the whole test-suite"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make wheel   build as plain pip does, with build isolation, and try the result"
-	@echo "make asan    the operations' tests under AddressSanitizer and UBSan"
+	@echo "make asan    the operations' tests, emulated CUDA included, under AddressSanitizer and UBSan"
 	@echo "make mutants  does the suite notice every fault that is planted in a CUDA kernel? (an hour)"
 	@echo "make bench   every operation beside torch and beside a copy"
 	@echo "make bench-cpp  the kernels without torch (needs Google Benchmark); BENCH_FLAGS=--benchmark_..."
@@ -69,7 +69,7 @@ asan: install
 	rm -rf build/asan/site && mkdir -p build/asan/site && cp -r python/fastdllm_ext build/asan/site
 	cp build/asan/_C*.so build/asan/_simt.so build/asan/site/fastdllm_ext
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(call PYTHON_ON,build/asan/site) -m pytest \
+	  ASAN_OPTIONS=detect_leaks=0 FASTDLLM_SIMT_SCHEDULES=7 $(call PYTHON_ON,build/asan/site) -m pytest \
 	  tests/test_paged_attention.py tests/test_rope_write_kv.py tests/test_unmask.py tests/test_copy_pages.py \
 	  tests/test_elementwise.py tests/test_cache.py
 
