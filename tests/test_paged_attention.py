@@ -90,6 +90,14 @@ def test_ragged_queries(backend: Backend, queries: int) -> None:
         assert (out[queries : queries + 3] == 0).all(), "a sequence without keys gets zeros"
 
 
+@each_compiled
+def test_thousands_of_queries(backend: Backend) -> None:
+    count = 700 if backend.name == "simt" else 2500
+    for dtype in backend.dtypes:
+        case = Case.make([count, 32], [count, 100], heads=2, kv_heads=1, dtype=dtype)
+        assert relative_error(backend.run("paged_attention", *case.args), case.truth()) < TOLERANCE[dtype]
+
+
 @each_backend
 def test_many_pages(backend: Backend) -> None:
     case = Case.make([8], [5000], page_size=16)

@@ -78,8 +78,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksAtATime)
 
   if constexpr (kBulk) {
     if (threadIdx.x == 0)
-      for (int i = 0; i < plan.stages; ++i)
-        mbarrier_init(&shared.barriers[i], 1);
+      unroll<kMaxStages>([&](int i) { mbarrier_init(&shared.barriers[i], 1); });
     __syncthreads();
   }
   for (int i = threadIdx.x; i < kRows * (kDim / kVector<T>); i += kAttentionThreads) {

@@ -58,8 +58,21 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("attention_tiles.h", "for (int n = 0; n < kDim / 8; ++n)  →"): GUARDED,
     ("attention_tiles.h", "for (int c = 0; c < kColumns; ++c)  →"): GUARDED,
     ("paged_attention.cu", "for (int c = 0; c < kColumns; ++c)  →"): GUARDED,
+    ("paged_attention.cu", "if (lane + c * kWarp < head_dim)  →"): (
+        "reads one number more, the row's own largest score, into a sum that is not written"
+    ),
     ("unmask.cu", "b.value > a.value || (b.value == a.value && b.token < a.token)"): (
         "a token occurs once, and of equal values the lower token is taken either way"
+    ),
+    ("unmask.cu", "for (int i = 0; i < kPerThread; i += kVector<T>) {"): (
+        "looks at tokens of the next part as well, whose own block judges them the same"
+    ),
+    (
+        "unmask.cu",
+        "for (int64_t base = p.cu_rows[b]; base < end;",
+    ): "the groups past the end repeat the last row",
+    ("unmask.cu", "return weight(knobs.temperature > 0 ?"): (
+        "without noise the value that the candidate maximises is its logit"
     ),
 }
 
