@@ -263,7 +263,12 @@ def report(results: list[tuple[Mutant, str | None]]) -> str:
                 out.append(row(file, kind, chosen))
     out.append(row("**all**", "", results))
     caught, real = sum(bool(c) for _, c in results), len(results) - len(same)
-    out += ["", f"Caught: {caught} of {real} that change the program, {100 * caught / max(real, 1):.1f}%", ""]
+    out += [
+        "",
+        f"Caught: {caught} of {len(results)} faults. {len(same)} of the others make the same program, judged by hand"
+        f" (reasons below): {100 * caught / max(real, 1):.1f}% of those that change it.",
+        "",
+    ]
     if missed:
         out += ["## Missed", *(f"- `{m.file}:{m.line}` `{m.shown}`" for m in missed), ""]
     if same:
