@@ -16,8 +16,8 @@ import torch
 
 from fastdllm_ext import _C, ops, reference
 
-# Schedules that the emulator runs every operation under (emulator.cpp): two extreme ones, one random.
-SCHEDULES = [int(x) for x in os.environ.get("FASTDLLM_SIMT_SCHEDULES", "0,1,2026").split(",")]
+# Schedules that the emulator runs every operation under (emulator.cpp): two extreme ones, two random.
+SCHEDULES = [int(x) for x in os.environ.get("FASTDLLM_SIMT_SCHEDULES", "0,1,7,2026").split(",")]
 
 _emulated = Path(os.environ.get("FASTDLLM_SIMT_LIBRARY", Path(_C.__file__).with_name("_simt.so")))
 emulator = ctypes.CDLL(str(_emulated)) if _emulated.exists() else None

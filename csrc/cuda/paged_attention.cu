@@ -14,8 +14,8 @@
 // queries without groups is one tile of 32 rows: bound by those bytes. Partial results are a quarter as many
 // for splits of 256 keys, and fewer for longer ones.
 //
-// Keys and values come by cp.async; FASTDLLM_CUDA_COPY=bulk has the kernel of up to 32 rows take Hopper's bulk
-// copies instead, for measuring. The bits are the same.
+// Keys and values come by cp.async; FASTDLLM_CUDA_COPY=bulk has the kernel of up to 32 rows take Hopper's
+// bulk copies instead, for measuring. The bits are the same.
 //
 // Assumes q_heads % kv_heads == 0, head_dim a multiple of 8 up to 256, pages of 16, 32 or 64. Keys at
 // kv_lens[b] and after are never used. No atomics.

@@ -265,8 +265,8 @@ def report(results: list[tuple[Mutant, str | None]]) -> str:
     caught, real = sum(bool(c) for _, c in results), len(results) - len(same)
     out += [
         "",
-        f"Caught: {caught} of {len(results)} faults. {len(same)} of the others make the same program, judged by"
-        f" hand (reasons below): {100 * caught / max(real, 1):.1f}% of those that change it.",
+        f"Caught: {caught} of {len(results)} faults. {len(same)} others make the same program, judged by hand"
+        f" (reasons below): {100 * caught / max(real, 1):.1f}% of those that change it.",
         "",
     ]
     if missed:
