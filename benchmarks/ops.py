@@ -239,7 +239,7 @@ def _varlen(q: Tensor, pages: Tensor, dense: list, table: Tensor, offsets: Tenso
     options: dict[str, Any] = {}
     if model.heads != model.kv_heads:
         if "enable_gqa" not in takes:
-            raise NotImplementedError("varlen_attn of this torch has no GQA")
+            raise RuntimeError("varlen_attn of this torch has no GQA")
         options["enable_gqa"] = True
     keys = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * context
     if "block_table" in takes and "seqused_k" in takes:

@@ -1,6 +1,6 @@
 // filter: top-p and top-k of unmask (core/params.h), as one number a row: kept is every l_v >= floor.
 //
-//   logits  [logit_rows, vocab], rows logits_stride apart; float32, bfloat16, float16
+//   logits  [logit_rows, vocab], rows logits_stride apart; float32, bfloat16
 //   floor   [logit_rows], -inf for a sequence that keeps all its tokens
 //
 // A work item is a row. Its logits become a heap, and come out of it from the largest down, with the
@@ -28,16 +28,6 @@ float to_float(BFloat16 x) {
   float r;
   __builtin_memcpy(&r, &bits, sizeof r);
   return r;
-}
-struct Float16 {
-  uint16_t bits;
-};
-float to_float(Float16 x) {
-  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  float r = exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(1.0f * fraction, -24);
-  if (exponent == 31)
-    r = fraction ? std::numeric_limits<float>::quiet_NaN() : kInfinity;
-  return x.bits & 0x8000 ? -r : r;
 }
 
 // The least logit that top-p and top-k keep. `heap` holds the row's logits and is used up.
@@ -95,14 +85,10 @@ template <class T> void filter_rows(const UnmaskParams& p, int64_t begin, int64_
 } // namespace
 
 void filter(const UnmaskParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-  case Dtype::kFloat32:
-    return filter_rows<float>(p, begin, end);
-  case Dtype::kBFloat16:
-    return filter_rows<BFloat16>(p, begin, end);
-  case Dtype::kFloat16:
-    return filter_rows<Float16>(p, begin, end);
-  }
+  if (p.dtype == Dtype::kFloat32)
+    filter_rows<float>(p, begin, end);
+  else
+    filter_rows<BFloat16>(p, begin, end);
 }
 
 } // namespace fastdllm::cpu

@@ -119,7 +119,6 @@ struct Largest {
 struct Least {
   template <class T> __device__ __forceinline__ T operator()(T a, T b) const { return a < b ? a : b; }
 };
-
 struct Most {
   template <class T> __device__ __forceinline__ T operator()(T a, T b) const { return a < b ? b : a; }
 };

@@ -19,6 +19,7 @@
 //
 // Assumes q_heads % kv_heads == 0, head_dim a multiple of 8 up to 256, pages of 16, 32 or 64. Keys at
 // kv_lens[b] and after are never used. No atomics.
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -200,12 +201,10 @@ constexpr int64_t kNarrowRows = 32, kMiddleRows = 64, kWideRows = 128;
 
 int64_t longest_rows(const PagedAttentionParams& p) { return p.max_seqlen_q * (p.q_heads / p.kv_heads); }
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Tiles of partial results that any sequence needs at most; a kernel of fewer rows a tile needs no more.
 int64_t partial_tiles(const PagedAttentionParams& p, const DeviceFacts& facts, int64_t rows) {
   const int64_t row_tiles = (longest_rows(p) + rows - 1) / rows;
-  return least(facts.multiprocessors * kBlocksAtATime, p.kv_heads * row_tiles * kMaxSplits);
+  return std::min<int64_t>(facts.multiprocessors * kBlocksAtATime, p.kv_heads * row_tiles * kMaxSplits);
 }
 int64_t most_tile_rows(const PagedAttentionParams& p) {
   const int64_t rows = longest_rows(p);
@@ -229,7 +228,7 @@ struct Launcher {
 
   // Sequences with more than `above` and at most `upto` rows.
   template <class Tile, bool kBulk> const char* run(int64_t above, int64_t upto) const {
-    const int64_t rows = least(longest_rows(p), upto);
+    const int64_t rows = std::min(longest_rows(p), upto);
     if (rows <= above && above > 0) // the first launch also zeroes the tokens outside of all sequences
       return nullptr;
     AttentionPlan plan{};
@@ -241,19 +240,18 @@ struct Launcher {
     plan.stages = stages<Tile>();
     // row tiles times splits is at most their number without splits, or what fills the device
     const int64_t row_tiles = rows > 0 ? (rows + Tile::kRows - 1) / Tile::kRows : 1;
-    const int64_t filling = least(plan.slots / p.kv_heads, row_tiles * kMaxSplits);
-    const dim3 grid(static_cast<unsigned>(row_tiles > filling ? row_tiles : filling),
-                    static_cast<unsigned>(p.kv_heads), static_cast<unsigned>(p.sequences + 1));
+    const int64_t filling = std::min(plan.slots / p.kv_heads, row_tiles * kMaxSplits);
+    const dim3 grid(grid_size(std::max(row_tiles, filling)), grid_size(p.kv_heads),
+                    grid_size(p.sequences + 1));
     if (const char* error = launch(attend<Tile, kBulk>, grid, kAttentionThreads,
                                    shared_bytes<Tile>(plan.stages), stream, p, plan))
       return error;
     const int64_t split_rows =
-        least(rows * p.kv_heads, plan.slots / 2 * Tile::kRows); // at most, of all heads
+        std::min<int64_t>(rows * p.kv_heads, plan.slots / 2 * Tile::kRows); // at most, of all heads
     if (filling < 2 || split_rows == 0 || p.sequences == 0)
       return nullptr;
     constexpr int kWarps = kAttentionThreads / kWarp;
-    const dim3 merge_grid(static_cast<unsigned>((split_rows + kWarps - 1) / kWarps),
-                          static_cast<unsigned>(p.sequences));
+    const dim3 merge_grid(grid_size((split_rows + kWarps - 1) / kWarps), grid_size(p.sequences));
     return launch(merge_splits<Tile>, merge_grid, kAttentionThreads, 0, stream, p, plan);
   }
 

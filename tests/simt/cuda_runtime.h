@@ -123,11 +123,6 @@ template <class T> T atomicAdd(T* p, T x) {
   *p = old + x;
   return old;
 }
-template <class T> T atomicExch(T* p, T x) {
-  const T old = *p;
-  *p = x;
-  return old;
-}
 inline float __uint_as_float(uint32_t x) {
   float r;
   std::memcpy(&r, &x, sizeof r);
@@ -138,11 +133,8 @@ inline uint32_t __float_as_uint(float x) {
   std::memcpy(&r, &x, sizeof r);
   return r;
 }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldcs(const T* p) { return *p; }
 
 // ---------------------------------------------------------------------------------------------------------
 // Host functions
