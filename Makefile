@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # torch is capped so that pip takes a CPU build where one is at hand; any version from 2.11 on works.
 TORCH  ?= torch>=2.11,<2.14
+# Published modeling files are written for older versions of transformers than the newest, which `make test` takes.
+TRANSFORMERS ?= 4.49.0
 BUILD_TOOLS := scikit-build-core>=0.10 pybind11>=2.13 ninja cmake
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc third_party tests/simt -type f -not -name '*.pyc')
@@ -11,11 +13,14 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 # Runs Python on a copy of the package instead of the editable install (-S: no .pth files).
 SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 PYTHON_ON = PYTHONPATH=$(1):$(SITE) $(abspath $(BIN))/python -S
+OTHER_TRANSFORMERS := $(VENV)/transformers-$(TRANSFORMERS)
+TRANSFORMERS_TESTS := $(wildcard $(addprefix tests/test_,compat.py patching.py load.py models.py remote_code.py))
 
-.PHONY: help install demo test lint format wheel asan mutants bench bench-cpp clean
+.PHONY: help install demo test test-transformers lint format wheel asan mutants bench bench-cpp clean
 help:
 	@echo "make demo    build, then the bundled model: unpatched against patched, one table"
-	@echo "make test    build, then the whole test-suite"
+	@echo "make test    build, then the whole test-suite; then test-transformers"
+	@echo "make test-transformers  the models' tests with transformers $(TRANSFORMERS); TRANSFORMERS=... takes another"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make wheel   build as plain pip does, with build isolation, and try the result"
 	@echo "make asan    the operations' tests, emulated CUDA included, under AddressSanitizer and UBSan"
@@ -45,6 +50,17 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+	$(MAKE) test-transformers
+
+# Beside the environment's own transformers, with all that it depends on, and found before them.
+$(OTHER_TRANSFORMERS)/.installed: | $(BIN)/python
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --target $(@D) transformers==$(TRANSFORMERS)
+	@touch $@
+
+test-transformers: install $(OTHER_TRANSFORMERS)/.installed
+	FASTDLLM_EXPECT_TRANSFORMERS=$(TRANSFORMERS) PYTHONPATH=$(abspath $(OTHER_TRANSFORMERS)) \
+	  $(BIN)/python -m pytest $(TRANSFORMERS_TESTS)
 
 lint: install
 	$(BIN)/ruff check .

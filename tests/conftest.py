@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+import transformers
 
 from fastdllm_ext import _C
+
+
+def pytest_sessionstart() -> None:
+    """A run that is meant for one version of transformers proves nothing on another."""
+    expected = os.environ.get("FASTDLLM_EXPECT_TRANSFORMERS", transformers.__version__)
+    if transformers.__version__ != expected:
+        raise pytest.UsageError(f"transformers is {transformers.__version__}; expected {expected}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -94,7 +94,7 @@ def test_configuration_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "key, message", [("ln_f", "missing keys"), (None, "unexpected keys"), ("wte", "mismatched")]
+    "key, message", [("ln_f", "missing keys"), (None, "unexpected keys"), ("wte", "mismatch")]
 )
 def test_weights_that_do_not_fit_are_an_error(checkpoint: Path, key: str | None, message: str) -> None:
     """Never random numbers in place of a missing tensor."""
