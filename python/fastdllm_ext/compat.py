@@ -28,3 +28,8 @@ _VERSION = _checked(transformers.__version__)
 def dtype_argument(dtype: torch.dtype | str) -> dict[str, Any]:
     """``from_pretrained``'s argument for the weights' dtype, named ``dtype`` since 4.56."""
     return {"dtype" if _VERSION >= (4, 56) else "torch_dtype": dtype}
+
+
+def tied_weights(pairs: dict[str, str]) -> Any:
+    """A model class's ``_tied_weights_keys`` from {tied: source}; before 5.0 a list of the tied ones."""
+    return pairs if _VERSION >= (5, 0) else list(pairs)

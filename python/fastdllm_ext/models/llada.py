@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fastdllm_ext.models.layers import DiffusionModel, RMSNorm, attend, rotate
 from fastdllm_ext.rope import rope_table
 
 __all__ = ["LLaDAConfig", "LLaDAModelLM"]
@@ -56,6 +57,7 @@ class LLaDAConfig(PretrainedConfig):
         "num_key_value_heads": "n_kv_heads",
         "intermediate_size": "mlp_hidden_size",
         "max_position_embeddings": "max_sequence_length",
+        "initializer_range": "init_std",
     }
 
     def __init__(
@@ -121,26 +123,6 @@ class LLaDAConfig(PretrainedConfig):
         return self.d_model // self.n_heads
 
 
-class LLaDARMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) in float32, cast back, times the weight."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Half-split rotation in float32. x [B, heads, T, head_dim]; cos, sin [T, head_dim / 2]."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
 class LLaDABlock(nn.Module):
     """One layer; the formula stands at the top of this file."""
 
@@ -149,12 +131,12 @@ class LLaDABlock(nn.Module):
         self.config = config
         d, kv, ff = config.d_model, config.n_kv_heads * config.head_dim, config.mlp_hidden_size
         bias, qkv_bias = config.include_bias, config.include_bias or config.include_qkv_bias
-        self.attn_norm = LLaDARMSNorm(d, config.rms_norm_eps)
+        self.attn_norm = RMSNorm(d, config.rms_norm_eps)
         self.q_proj = nn.Linear(d, d, bias=qkv_bias)
         self.k_proj = nn.Linear(d, kv, bias=qkv_bias)
         self.v_proj = nn.Linear(d, kv, bias=qkv_bias)
         self.attn_out = nn.Linear(d, d, bias=bias)
-        self.ff_norm = LLaDARMSNorm(d, config.rms_norm_eps)
+        self.ff_norm = RMSNorm(d, config.rms_norm_eps)
         self.ff_proj = nn.Linear(d, ff, bias=bias)
         self.up_proj = nn.Linear(d, ff, bias=bias)
         self.ff_out = nn.Linear(ff, d, bias=bias)
@@ -163,17 +145,13 @@ class LLaDABlock(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, None]:
         """q [B, T, d_model], k and v [B, T, kv_heads * head_dim] -> ([B, T, d_model], no cache)."""
-        batch, length, width = q.shape
-        q, k, v = (x.view(batch, length, -1, self.config.head_dim).transpose(1, 2) for x in (q, k, v))
+        length = q.shape[1]
+        q, k, v = (x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for x in (q, k, v))
         longest = max(length, self.config.max_sequence_length)
         table = rope_table(longest, self.config.head_dim, self.config.rope_theta, q.device)
         cos, sin = (x[:length] for x in table)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        group = q.shape[1] // k.shape[1]
-        if group > 1:
-            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias)
-        return self.attn_out(out.transpose(1, 2).reshape(batch, length, width)), None
+        q, k = (rotate(x.float(), cos, sin).to(x.dtype) for x in (q, k))
+        return self.attn_out(attend(q, k, v, attention_bias)), None
 
     def forward(
         self, x: torch.Tensor, attention_bias: torch.Tensor | None = None
@@ -196,7 +174,7 @@ class LLaDAModel(nn.Module):
         layers: dict[str, nn.Module] = {
             "wte": nn.Embedding(config.embedding_size, config.d_model),
             "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
-            "ln_f": LLaDARMSNorm(config.d_model, config.rms_norm_eps),
+            "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
         }
         if not config.weight_tying:
             layers["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=config.include_bias)
@@ -226,27 +204,17 @@ class LLaDAModel(nn.Module):
         return logits, (*states, x) if output_hidden_states else None
 
 
-class LLaDAModelLM(PreTrainedModel):
+class LLaDAModelLM(DiffusionModel):
     """LLaDA with its language-model head. ``forward`` gives logits [B, S, vocab] for every position."""
 
     config_class = LLaDAConfig
     base_model_prefix = "model"
     _no_split_modules = ["LLaDABlock"]  # noqa: RUF012
-    _supports_sdpa = True
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
         self.model = LLaDAModel(config)
         self.post_init()
-
-    def _init_weights(self, module: Any) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.init_std)
-            bias: Any = getattr(module, "bias", None)
-            if bias is not None:
-                nn.init.zeros_(bias)
-        elif isinstance(module, LLaDARMSNorm):
-            nn.init.ones_(module.weight)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -283,11 +251,8 @@ class LLaDAModelLM(PreTrainedModel):
             **unused: arguments of other models that a caller may pass empty (``past_key_values``,
                 ``labels``, ...); a value is a ``ValueError``.
         """
-        given = sorted(name for name, value in unused.items() if value is not None and value is not False)
-        if given:
-            raise ValueError(f"LLaDAModelLM.forward: {', '.join(given)} not supported")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("LLaDAModelLM.forward: give either input_ids or inputs_embeds")
+        self._refuse(unused)
+        self._one_input(input_ids, inputs_embeds)
         logits, states = self.model(
             input_ids, inputs_embeds, attention_mask, attention_bias, output_hidden_states
         )
