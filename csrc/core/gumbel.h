@@ -19,8 +19,8 @@
 
 namespace fastdllm {
 
-// Philox counter word 0 of a position's own random number; a token's is token_id / 4, and it takes word
-// token_id % 4.
+// Philox counter word 0 of a position's own random numbers: word 0 is its random score, word 1 the noise of
+// its rank. A token's counter word is token_id / 4, and it takes word token_id % 4.
 inline constexpr uint32_t kNoToken = 0xFFFFFFFFu;
 
 // No noise is above this.
@@ -85,7 +85,8 @@ template <class Word, class Float> FASTDLLM_HD Float gumbel(Float word) {
   return -natural_log<Word>(-exponential);
 }
 
-// What the candidate of a row with T > 0 maximises. |logit| / T must not overflow.
+// What the candidate of a row with T > 0 maximises, and what its positions are ranked by, with c for the
+// logit and rank_temperature for T. |logit| / T must not overflow.
 template <class Float> FASTDLLM_HD Float noisy_logit(Float logit, Float temperature, Float noise) {
   return divide(logit, temperature) + noise;
 }

@@ -76,8 +76,8 @@ struct CopyPagesParams {
 };
 
 enum class Rule : int64_t { kQuota, kThreshold, kFactor };
-// What a position is ranked by, and what is stored as its confidence. With p the softmax over the kept
-// tokens:
+// What a position is ranked by, up to the noise of rank_temperature, and what is stored as its confidence.
+// With p the softmax over the kept tokens:
 enum class Score : int64_t {
   kProbability, // p of the candidate
   kRandom,      // uniform noise
@@ -111,6 +111,7 @@ struct RowKnobs {
   float softmax_temperature; // what confidence divides the logits by; 0 is taken as 1
   float top_p;               // 0 and 1: off
   float top_k;               // 0: off
+  float rank_temperature;    // of the noise that positions are ranked with; 0: none
 };
 inline constexpr int64_t kRowKnobs = sizeof(RowKnobs) / sizeof(float);
 
@@ -124,7 +125,8 @@ inline constexpr int64_t kRowKnobs = sizeof(RowKnobs) / sizeof(float);
 //              sorting matters. The mask counts as any token here.
 //   candidate  x = argmax over kept v != mask_id of l_v (T = 0) or l_v / T + g_v (T > 0); ties: the lowest id
 //   score      c by Score, from p = softmax of z over the kept tokens, mask_id included
-//   commit     the positions that the rule selects by (c descending, position ascending); at least one
+//   key        k = c (rank_temperature R = 0) or c / R + g with Gumbel noise g of the position (R > 0)
+//   commit     the positions that the rule selects by (k descending, position ascending); at least one
 struct UnmaskParams {
   const void* logits;       // [logit_rows, vocab], logits_stride between rows
   const int32_t* cu_rows;   // [sequences + 1]: logits rows of sequence b are [cu[b], cu[b + 1])

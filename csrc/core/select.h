@@ -1,22 +1,26 @@
 // Which masked positions a step commits (Fast-dLLM, Algorithm 1 and Theorem 1).
 //
-// Positions are ranked from 0 by (score descending, position ascending). With c the score at a rank:
+// Positions are ranked from 0 by (key descending, position ascending). With c the score of a position:
+//   key        c (rank_temperature R = 0) or c / R + g (R > 0), g the position's own Gumbel noise: then the
+//              first n are drawn from softmax(c / R) without replacement (Gumbel top-k; Dream's alg_temp)
+// With c that of a rank, without noise:
 //   quota      rank < q,  q = masks / steps of the block, one more in its first masks % steps steps; q >= 1
 //   threshold  c >= value
 //   factor     (n + 1)(1 - c) <= value,  n = rank + 1
-// and rank 0 always. The factor rule takes the longest prefix whose last member satisfies the inequality.
-// Both of its factors grow with the rank, in float32 arithmetic too, so the members of that prefix are just
-// those that satisfy it themselves: every rule is a test of one position, given its rank.
+// and rank 0 always: every rule is a test of one position, given its rank. Theorem 1 takes the longest prefix
+// whose last member satisfies the inequality. Without noise both of its factors grow with the rank, in
+// float32 arithmetic too, so the members of that prefix are just those that satisfy it themselves.
 #pragma once
 
 #include <cstdint>
 
+#include "core/gumbel.h"
 #include "core/params.h"
 #include "core/philox.h"
 
 namespace fastdllm {
 
-// Whether a position of score `a` at index i of its sequence's rows goes before one of score `b` at j.
+// Whether a position of key `a` at index i of its sequence's rows goes before one of key `b` at j.
 FASTDLLM_HD bool goes_before(float a, int64_t i, float b, int64_t j) { return a > b || (a == b && i < j); }
 
 // What confidence divides the logits by.
@@ -25,6 +29,14 @@ FASTDLLM_HD float softmax_temperature(const RowKnobs& knobs) {
 }
 FASTDLLM_HD bool has_top_p(const RowKnobs& knobs) { return knobs.top_p > 0 && knobs.top_p < 1; }
 FASTDLLM_HD bool has_top_k(const RowKnobs& knobs) { return knobs.top_k > 0; }
+FASTDLLM_HD bool has_rank_noise(const RowKnobs& knobs) { return knobs.rank_temperature > 0; }
+
+// The key of a position, where its ranks have noise.
+FASTDLLM_HD float rank_key(const RowState& row, float rank_temperature, int64_t position, float score) {
+  const Philox4 own = philox4x32(static_cast<uint64_t>(row.seed), kNoToken, static_cast<uint32_t>(position),
+                                 static_cast<uint32_t>(row.step), static_cast<uint32_t>(row.stream));
+  return noisy_logit(score, rank_temperature, gumbel<uint32_t>(static_cast<float>(own.x[1])));
+}
 
 FASTDLLM_HD int64_t quota(const RowState& row) {
   const int64_t steps = row.block_steps > 1 ? row.block_steps : 1;

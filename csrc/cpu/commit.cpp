@@ -1,4 +1,4 @@
-// commit: the second half of unmask. For every sequence with rows of logits, ranks its scores, commits the
+// commit: the second half of unmask. For every sequence with rows of logits, ranks its positions, commits the
 // candidates that the rule selects (core/select.h) and advances the sequence's state.
 //
 //   score, candidate  [logit_rows]         from score_logits
@@ -33,23 +33,35 @@ int64_t find_eos(const UnmaskParams& p, const RowState& row, const int64_t* toke
 
 void commit(const UnmaskParams& p, int64_t begin, int64_t end) {
   std::vector<int64_t> order;
+  std::vector<float> noisy;
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = p.cu_rows[b], count = p.cu_rows[b + 1] - first;
     if (count <= 0)
       continue;
     RowState& row = p.rows[b];
+    const RowKnobs& knobs = p.knobs[b];
     const float* score = p.score + first;
     row.bad_logits = std::count_if(score, score + count, [](float c) { return std::isnan(c); });
     if (row.bad_logits > 0)
       continue;
 
+    const float* key = score;
+    if (has_rank_noise(knobs)) {
+      noisy.resize(count);
+      for (int64_t i = 0; i < count; ++i)
+        noisy[i] = rank_key(row, knobs.rank_temperature, p.positions[first + i], score[i]);
+      key = noisy.data();
+    }
     order.resize(count);
     std::iota(order.begin(), order.end(), int64_t{0});
     std::sort(order.begin(), order.end(),
-              [score](int64_t i, int64_t j) { return goes_before(score[i], i, score[j], j); });
+              [key](int64_t i, int64_t j) { return goes_before(key[i], i, key[j], j); });
     int64_t committed = 0;
-    while (committed < count && is_selected(row, p.knobs[b].value, committed, score[order[committed]])) {
-      const int64_t i = order[committed++], at = b * p.width + p.positions[first + i];
+    for (int64_t rank = 0; rank < count; ++rank) {
+      const int64_t i = order[rank], at = b * p.width + p.positions[first + i];
+      if (!is_selected(row, knobs.value, rank, score[i]))
+        continue;
+      ++committed;
       p.tokens[at] = p.candidate[first + i];
       p.step_map[at] = static_cast<int32_t>(row.step);
       p.confidence[at] = score[i];

@@ -246,18 +246,23 @@ __device__ __forceinline__ bool is_eos(int64_t token, const int64_t* eos_ids, in
   return false;
 }
 
-// `shared` has kWarp elements.
-__device__ __forceinline__ void commit(const UnmaskParams& p, int64_t b, int64_t* shared) {
+// `noisy` has room for a key a row of the sequence, `shared` kWarp elements.
+__device__ __forceinline__ void commit(const UnmaskParams& p, int64_t b, float* noisy, int64_t* shared) {
   const int64_t first_row = p.cu_rows[b], count = p.cu_rows[b + 1] - first_row;
   const RowState before = p.rows[b]; // read by all threads ahead of a barrier, written behind it
   const float value = p.knobs[b].value;
   const float* score = p.score + first_row;
   int64_t* tokens = p.tokens + b * p.width;
 
+  const bool has_noise = has_rank_noise(p.knobs[b]);
+  const float* key = has_noise ? noisy : score;
   int64_t bad = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads)
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
     bad += score[i] != score[i];
-  bad = block_reduce(bad, int64_t{0}, Sum{}, shared);
+    if (has_noise) // p.rows[b] again: `before` would take registers that are not there
+      noisy[i] = rank_key(p.rows[b], p.knobs[b].rank_temperature, p.positions[first_row + i], score[i]);
+  }
+  bad = block_reduce(bad, int64_t{0}, Sum{}, shared); // its barriers also publish the keys
   if (bad > 0) {
     if (threadIdx.x == 0)
       p.rows[b].bad_logits = bad;
@@ -266,10 +271,10 @@ __device__ __forceinline__ void commit(const UnmaskParams& p, int64_t b, int64_t
 
   int64_t committed = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    const float c = score[i];
+    const float c = score[i], k = key[i];
     int64_t rank = 0;
     for (int64_t j = 0; j < count; ++j)
-      rank += goes_before(score[j], j, c, i);
+      rank += goes_before(key[j], j, k, i);
     if (!is_selected(before, value, rank, c))
       continue;
     const int64_t position = p.positions[first_row + i], at = b * p.width + position;
@@ -393,7 +398,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 4) unmask_parts(U
     return;
   score_rows<T>(p, b, parts);
   __syncthreads();
-  commit(p, b, shared.x);
+  // Nobody needs the sequence's parts any more.
+  commit(p, b, p.partials + p.cu_rows[b] * parts * kPartialFloats, shared.x);
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -52,9 +52,9 @@ PYBIND11_MODULE(_C, m) {
   {                                                                                                          \
     #field, offsetof(fastdllm::RowKnobs, field) / sizeof(float)                                              \
   }
-  const std::map<std::string, size_t> knobs{FASTDLLM_KNOB(value), FASTDLLM_KNOB(temperature),
-                                            FASTDLLM_KNOB(softmax_temperature), FASTDLLM_KNOB(top_p),
-                                            FASTDLLM_KNOB(top_k)};
+  const std::map<std::string, size_t> knobs{
+      FASTDLLM_KNOB(value), FASTDLLM_KNOB(temperature), FASTDLLM_KNOB(softmax_temperature),
+      FASTDLLM_KNOB(top_p), FASTDLLM_KNOB(top_k),       FASTDLLM_KNOB(rank_temperature)};
   m.attr("KNOB_COLUMNS") = knobs;
 
   m.def(

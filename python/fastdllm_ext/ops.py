@@ -40,7 +40,7 @@ class Rule(IntEnum):
 
 
 class Score(IntEnum):
-    """What the masked positions of a row are ranked by; the stored confidence too.
+    """What the masked positions of a row are ranked by, up to noise; the stored confidence too.
 
     With p the softmax over the kept tokens: the candidate's p; uniform noise; the largest p minus the second
     (without the mask); the negative entropy Σ p log p, at most 0 (Dream's ``margin`` and ``entropy``).
@@ -80,6 +80,7 @@ class Knob(IntEnum):
         SOFTMAX_TEMPERATURE: what the confidence divides the logits by: 1 for LLaDA, Dream's temperature.
         TOP_P: 0 and 1 are off.
         TOP_K: 0 is off.
+        RANK_TEMPERATURE: of the noise that positions are ranked with (Dream's ``alg_temp``); 0 is none.
     """
 
     VALUE = 0
@@ -87,6 +88,7 @@ class Knob(IntEnum):
     SOFTMAX_TEMPERATURE = 2
     TOP_P = 3
     TOP_K = 4
+    RANK_TEMPERATURE = 5
 
 
 assert {field.name.lower(): field.value for field in Row} == _C.ROW_COLUMNS
@@ -170,6 +172,10 @@ def unmask(
 
     Fast-dLLM section 3.3: of the masked positions given, commits those that each sequence's rule
     selects, at least one. A sequence with no logits is left as it is.
+
+    Positions are ranked by their score c, or by c / R + Gumbel noise where the rank temperature R is above 0:
+    then the first n are a sample of n positions from softmax(c / R) without replacement. Ties: the lowest
+    position. The rules compare c, which has no noise, and the rank; the first is always committed.
 
     Top-p and top-k keep every token whose logit reaches a floor, so that equal logits stay or go together and
     no order of sorting matters. With z = logits / softmax temperature: top-p keeps a token if all tokens with

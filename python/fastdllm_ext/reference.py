@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastdllm_ext.ops import Knob, Row, Rule, Score
 
-# Philox counter word that stands for "no token": the random score of a position.
+# Philox counter word that stands for "no token": of the words that it gives, 0 is a position's random score,
+# 1 the noise of its rank.
 NO_TOKEN = 0xFFFFFFFF
 
 
@@ -100,10 +101,14 @@ def uniform(bits: Tensor) -> Tensor:
     return ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24).double()
 
 
+def gumbel(bits: Tensor) -> Tensor:
+    """Words of Philox -> standard Gumbel noise, float64: -log(-log1p(-u))."""
+    return -torch.log(-torch.log1p(-uniform(bits)))
+
+
 def gumbel_noise(seed: int, stream: int, step: int, position: int, vocab: int) -> Tensor:
-    """Standard Gumbel noise of every token at one position, [vocab] float64: -log(-log1p(-u))."""
-    words = philox(seed, torch.arange(-(-vocab // 4)), position, step, stream).flatten()[:vocab]
-    return -torch.log(-torch.log1p(-uniform(words)))
+    """Standard Gumbel noise of every token at one position, [vocab] float64."""
+    return gumbel(philox(seed, torch.arange(-(-vocab // 4)), position, step, stream).flatten()[:vocab])
 
 
 def top_p_top_k(z: Tensor, top_p: float, top_k: float) -> Tensor:
@@ -117,6 +122,11 @@ def top_p_top_k(z: Tensor, top_p: float, top_k: float) -> Tensor:
     if top_k > 0:
         kept &= larger < top_k
     return kept
+
+
+def own_words(row: list[int], position: int) -> Tensor:
+    """The four words of Philox that are a position's own."""
+    return philox(row[Row.SEED], torch.tensor([NO_TOKEN]), position, row[Row.STEP], row[Row.STREAM])[0]
 
 
 def score_logits(
@@ -141,8 +151,7 @@ def score_logits(
     candidate = int(noisy.argmax())
     p = z.softmax(0)
     if row[Row.SCORE] == Score.RANDOM:
-        words = philox(row[Row.SEED], torch.tensor([NO_TOKEN]), position, row[Row.STEP], row[Row.STREAM])
-        score = uniform(words[0, 0])
+        score = uniform(own_words(row, position)[0])
     elif row[Row.SCORE] == Score.MARGIN:
         first, second = p.masked_fill(is_mask, 0.0).topk(2).values
         score = first - second
@@ -153,19 +162,25 @@ def score_logits(
     return candidate, float(score.float()), False
 
 
-def selected(scores: list[float], row: list[int], value: float) -> list[int]:
-    """Indices that the row's rule commits, best first. ``scores`` in order of position."""
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+def rank_key(score: float, rank_temperature: float, row: list[int], position: int) -> float:
+    """What a position is ranked by: its score, or score / rank_temperature + Gumbel noise of its own."""
+    if rank_temperature <= 0:
+        return score
+    return score / rank_temperature + float(gumbel(own_words(row, position)[1]))
+
+
+def selected(scores: list[float], keys: list[float], row: list[int], value: float) -> list[int]:
+    """Indices that the row's rule commits, best first. ``scores`` and ``keys`` in order of position."""
+    order = sorted(range(len(keys)), key=lambda i: (-keys[i], i))
     rule = row[Row.RULE]
     if rule == Rule.QUOTA:
         share, rest = divmod(row[Row.BLOCK_MASKS], row[Row.BLOCK_STEPS])
-        count = share + (row[Row.BLOCK_STEP] < rest)
+        passes = [rank < share + (row[Row.BLOCK_STEP] < rest) for rank in range(len(order))]
     elif rule == Rule.THRESHOLD:
-        count = sum(score >= value for score in scores)
-    else:  # the longest prefix n with (n + 1)(1 - c_(n)) <= value
-        inside = [(n + 1) * (1 - scores[i]) <= value for n, i in enumerate(order, start=1)]
-        count = inside.index(False) if False in inside else len(inside)
-    return order[: max(1, count)]
+        passes = [scores[i] >= value for i in order]
+    else:
+        passes = [(n + 1) * (1 - scores[i]) <= value for n, i in enumerate(order, start=1)]
+    return [i for rank, i in enumerate(order) if rank == 0 or passes[rank]]
 
 
 def unmask(
@@ -194,7 +209,9 @@ def unmask(
         rows[b, Row.BAD_LOGITS] = sum(bad for _, _, bad in judged)
         if rows[b, Row.BAD_LOGITS]:
             continue
-        chosen = selected([score for _, score, _ in judged], row, knob[Knob.VALUE])
+        scores = [score for _, score, _ in judged]
+        keys = [rank_key(c, knob[Knob.RANK_TEMPERATURE], row, p) for c, p in zip(scores, where, strict=True)]
+        chosen = selected(scores, keys, row, knob[Knob.VALUE])
         for i in chosen:
             tokens[b, where[i]], confidence[b, where[i]] = judged[i][0], judged[i][1]
             step_map[b, where[i]] = row[Row.STEP]
