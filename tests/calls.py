@@ -23,7 +23,8 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     if name == "paged_attention":
         return test_paged_attention.Case.make([32, 5, 1], [200, 64, 33], dtype=dtype).args
     if name == "unmask":
-        return test_unmask.Batch([8, 0, 3], dtype=dtype, temperature=0.5, top_p=0.9).args
+        batch = test_unmask.Batch([8, 0, 3], dtype=dtype, temperature=0.5, top_p=0.9, rank_temperature=0.5)
+        return batch.args
     if name == "copy_pages":
         return torch.randn(3, 9, 2, 16, 8).to(dtype), torch.tensor([0, 8, 0]), torch.tensor([4, 1, 5])
     x, y, weight = torch.randn(5, 200).to(dtype), torch.randn(5, 200).to(dtype), torch.rand(200).to(dtype)

@@ -32,6 +32,7 @@ class Batch:
         softmax_temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: float = 0.0,
+        rank_temperature: float = 0.0,
         spread: float = 6.0,
         **fields: int,
     ) -> None:
@@ -67,7 +68,8 @@ class Batch:
         self.logits = (torch.randn(sum(masks), vocab) * spread).to(dtype)
         self.step_map = torch.full((count, width), -1, dtype=torch.int32)
         self.confidence = torch.zeros(count, width)
-        self.knobs = torch.tensor([[value, temperature, softmax_temperature, top_p, top_k]] * count)
+        knobs = [value, temperature, softmax_temperature, top_p, top_k, rank_temperature]
+        self.knobs = torch.tensor([knobs] * count)
         self.filtered = bool((self.knobs[:, [Knob.TOP_P, Knob.TOP_K]] != torch.tensor([1.0, 0.0])).any())
         self.eos_ids = torch.tensor([EOS])
         self.mask_id = MASK
@@ -112,8 +114,8 @@ def test_against_reference(backend: Backend, rule: Rule, value: float, vocab: in
 @each_compiled
 @pytest.mark.parametrize("masks", [1, 31, 33, 300, 1500])
 def test_many_masks(backend: Backend, masks: int) -> None:
-    for rule, value in RULES[:3]:
-        batch = Batch([masks], vocab=100, rule=rule, value=value)
+    for rule, value, rank_temperature in [*((*rule, 0.0) for rule in RULES[:3]), (Rule.QUOTA, 0.0, 0.5)]:
+        batch = Batch([masks], vocab=100, rule=rule, value=value, rank_temperature=rank_temperature)
         truth = batch.copy().run(Backend("reference"))
         batch.run(backend).assert_same(truth)
 
@@ -323,6 +325,7 @@ def test_bits_do_not_depend_on_the_batch(backend: Backend) -> None:
         {"temperature": 1.0},
         {"score": Score.ENTROPY, "value": -2.0},
         {"score": Score.MARGIN, "top_p": 0.8, "top_k": 50, "softmax_temperature": 0.7},
+        {"rule": Rule.QUOTA, "rank_temperature": 0.5},
     ]
     for setting in settings:
         batch = Batch([2, 12, 1], vocab=8200, **({"value": 0.01} | setting))
@@ -354,6 +357,106 @@ def test_strided_logits(backend: Backend, vocab: int, stride: int, top_k: int) -
         truth = batch.copy().run(Backend("reference"))
         batch.logits = wide[:, :vocab]
         batch.run(backend).assert_same(truth)
+
+
+# --------------------------------------------------------------------------------------------------
+# Ranks with noise
+# --------------------------------------------------------------------------------------------------
+
+
+@each_compiled
+@pytest.mark.parametrize("rule, value", RULES)
+@pytest.mark.parametrize("score", Score)
+def test_noisy_ranks_against_reference(backend: Backend, rule: Rule, value: float, score: Score) -> None:
+    """The noise is the reference's, so the ranks are, but where two keys nearly tie."""
+    value = -1.0 if (rule, score) == (Rule.THRESHOLD, Score.ENTROPY) else value
+    for vocab, masks in [(100, [50, 1, 0, 17]), (8197, [4, 2])]:
+        for rank_temperature in (0.1, 3.0):
+            batch = Batch(masks, vocab=vocab, rule=rule, value=value, score=score, spread=2.0,
+                          rank_temperature=rank_temperature)  # fmt: skip
+            truth = batch.copy().run(Backend("reference"))
+            batch.run(backend).assert_same(truth, atol=1e-6 if score == Score.ENTROPY else 1e-7)
+
+
+@each_compiled
+def test_noisy_ranks_sample_without_replacement(backend: Backend) -> None:
+    """Which 2 of 4 positions are drawn, in many sequences of equal scores, each with noise of its own."""
+    count, rank_temperature = (250 if backend.name == "simt" else 10000), 0.4
+    scores = [0.9, 0.2, 0.5, 0.7]
+    batch = Batch([4] * count, vocab=80, rule=Rule.QUOTA, block_masks=2, block_steps=1,
+                  rank_temperature=rank_temperature)  # fmt: skip
+    batch.logits = _batch_with_probabilities(scores).logits.repeat(count, 1)
+    batch.run(backend)
+    drawn = (batch.step_map.gather(1, batch.positions.view(count, 4)) == 4).tolist()
+    p = (torch.tensor(scores).double() / rank_temperature).softmax(0).tolist()
+    for i, j in itertools.combinations(range(4), 2):
+        expected = p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
+        found = drawn.count([k in (i, j) for k in range(4)])
+        deviation = math.sqrt(count * expected * (1 - expected))  # of a binomial distribution
+        assert abs(found - count * expected) < 4 * deviation, "6 in 100000 lie outside"
+
+
+@each_backend
+def test_noisy_ranks_at_small_temperature(backend: Backend) -> None:
+    """Differences of the scores, 1e-20 or more, become 1e10 or more, and noise is below 23: no rank moves."""
+    plain = Batch([40, 3], vocab=100, rule=Rule.QUOTA, spread=1.0)
+    noisy, other = plain.copy(), plain.copy()
+    noisy.knobs[:, Knob.RANK_TEMPERATURE], other.knobs[:, Knob.RANK_TEMPERATURE] = 2.0**-100, 1.0
+    plain.run(backend)
+    noisy.run(backend).assert_same(plain, atol=0)
+    assert not torch.equal(other.run(backend).step_map, plain.step_map), "a temperature that does move ranks"
+
+
+@each_backend
+def test_noise_of_ranks_is_not_stored(backend: Backend) -> None:
+    noisy = Batch([30], vocab=100, rule=Rule.QUOTA, temperature=0.7, rank_temperature=1.0)
+    every = noisy.copy()
+    every.rows[0, Row.RULE], every.knobs[0, Knob.VALUE] = Rule.THRESHOLD, 0.0
+    every.knobs[0, Knob.RANK_TEMPERATURE] = 0.0
+    assert int(every.run(backend).rows[0, Row.MASKS_LEFT]) == 0
+    committed = noisy.run(backend).step_map == 4
+    assert committed.sum() == 10
+    assert torch.equal(noisy.confidence[committed], every.confidence[committed])
+    assert torch.equal(noisy.tokens[committed], every.tokens[committed])
+    assert (noisy.confidence[~committed] == 0).all()
+
+
+@each_backend
+def test_noisy_ranks_of_the_other_rules(backend: Backend) -> None:
+    """They compare the score without noise; the first by rank comes with it."""
+    count, rank_temperature = 40, 1.0
+    scores = [0.5, 0.75, 0.875, 0.25]
+    firsts = set()
+    for rule, value in [(Rule.THRESHOLD, 0.7), (Rule.FACTOR, 0.0)]:
+        batch = Batch([4] * count, vocab=80, rule=rule, value=value, rank_temperature=rank_temperature)
+        batch.logits = _batch_with_probabilities(scores).logits.repeat(count, 1)
+        batch.run(backend)
+        for row in (batch.step_map.gather(1, batch.positions.view(count, 4)) == 4).tolist():
+            chosen = {i for i, is_chosen in enumerate(row) if is_chosen}
+            if rule == Rule.THRESHOLD:
+                assert {1, 2} <= chosen
+                chosen -= {1, 2}
+            else:
+                assert len(chosen) == 1
+            assert len(chosen) <= 1
+            firsts |= {(rule, i) for i in chosen}
+    assert firsts == {(Rule.THRESHOLD, i) for i in (0, 3)} | {(Rule.FACTOR, i) for i in range(4)}
+
+
+@each_backend
+def test_noise_of_ranks_is_its_row_s_own(backend: Backend) -> None:
+    """Six sequences with the same logits and positions."""
+    batch = Batch([40] * 6, vocab=100, rule=Rule.QUOTA, spread=1.0, stream=5, rank_temperature=1.0)
+    batch.logits, batch.positions = batch.logits[:40].repeat(6, 1), batch.positions[:40].repeat(6)
+    batch.knobs[1, Knob.RANK_TEMPERATURE] = 0.0
+    batch.rows[2, Row.STEP] += 1
+    batch.rows[3, Row.STREAM] += 1
+    batch.rows[4, Row.SEED] += 1
+    batch.run(backend)
+    drawn = (batch.step_map >= 0).tolist()
+    assert [sum(row) for row in drawn] == [14] * 6
+    assert drawn[0] == drawn[5]
+    assert all(a != b for a, b in itertools.combinations(drawn[:5], 2))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -595,7 +698,7 @@ def test_philox_known_answers() -> None:
         ("rows", lambda x: x[:, :4].contiguous(), "rows has shape"),
         ("rows", lambda x: x + 1000, r"rows\[0\] has first"),
         ("knobs", lambda x: x.double(), "knobs has another dtype"),
-        ("knobs", lambda x: x[:, :2].contiguous(), r"knobs has shape \[1, 2\]; takes \[1, 5\]"),
+        ("knobs", lambda x: x[:, :2].contiguous(), r"knobs has shape \[1, 2\]; takes \[1, 6\]"),
     ],
 )
 def test_bad_arguments(name: str, change, message: str) -> None:
