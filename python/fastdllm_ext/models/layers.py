@@ -90,7 +90,7 @@ class DiffusionModel(PreTrainedModel):
             it back. (``can_generate`` is False: transformers' own ``generate`` does not fit these models.)
     """
 
-    generation_config: Any
+    generation_config: Any = None
     _supports_sdpa = True
 
     def _init_weights(self, module: Any) -> None:
