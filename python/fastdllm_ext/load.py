@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import (  # type: ignore[attr-defined]  # a fast class that 5.x keeps as another name
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2TokenizerFast,
+)
 from transformers.utils.hub import cached_file
 
 from fastdllm_ext.compat import dtype_argument
 from fastdllm_ext.generate import patch
-from fastdllm_ext.models import LLaDAModelLM
+from fastdllm_ext.models import DreamModel, LLaDAModelLM
+from fastdllm_ext.models.layers import read_generation_config
 from fastdllm_ext.patching.registry import supported_text
 
 # Own classes by the name that a checkpoint's config.json gives in `architectures`. (The model_type
 # would not do: LLaDA-MoE says "llada" too.)
-CLASSES: dict[str, type[PreTrainedModel]] = {"LLaDAModelLM": LLaDAModelLM}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+CLASSES: dict[str, type[PreTrainedModel]] = {"LLaDAModelLM": LLaDAModelLM, "DreamModel": DreamModel}
 
 
 def demo_model_path() -> Path:
@@ -32,6 +42,7 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
+    device_map: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A checkpoint's model, in evaluation mode and patched, and its tokenizer.
 
@@ -39,15 +50,24 @@ def load(
         path_or_id: a folder, or a name on the Hugging Face Hub.
         dtype: of the weights; "auto" is the checkpoint's.
         device: "auto" is the first GPU where there is one.
+        device_map: in place of ``device``: where each part goes, as ``from_pretrained`` takes it ("auto",
+            "cuda:1", {"model.embed_tokens": 0, ...}). Needs the accelerate package.
 
     Returns:
-        (model, tokenizer); the tokenizer is None where the checkpoint has none.
+        (model, tokenizer); the tokenizer is None where the checkpoint has none. The checkpoint's
+        generation_config.json is ``model.generation_config``, None where it has none.
 
     Raises:
-        ValueError: a model that is not supported, or weights that do not fit its configuration.
+        ValueError: a model that is not supported, weights that do not fit its configuration, or both
+            ``device`` and ``device_map``.
+        ImportError: ``device_map`` without accelerate.
         OSError: no such folder or checkpoint.
     """
     where = os.fspath(path_or_id)
+    if device_map is not None and device != "auto":
+        raise ValueError(f"device={str(device)!r} and device_map={device_map!r}; takes one of them")
+    if device_map is not None and find_spec("accelerate") is None:
+        raise ImportError("device_map needs the accelerate package: pip install accelerate")
     config, _ = PretrainedConfig.get_config_dict(where)
     architectures = config.get("architectures") or []
     known = next((CLASSES[name] for name in architectures if name in CLASSES), None)
@@ -56,24 +76,49 @@ def load(
             f"{where}: model_type={config.get('model_type')!r} with architectures={architectures} is not "
             f"supported. {supported_text()}"
         )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded: Any = known.from_pretrained(where, output_loading_info=True, **dtype_argument(dtype))
+    placing = {} if device_map is None else {"device_map": device_map}
+    loaded: Any = known.from_pretrained(where, output_loading_info=True, **dtype_argument(dtype), **placing)
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise ValueError(
                 f"{where}: {kind.replace('_', ' ')} in its weights: {sorted(map(str, info[kind]))[:5]}"
             )
-    patch(model.to(device).eval())
+    if device_map is None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model.to(device)
+    model.generation_config = read_generation_config(where)
+    patch(model.eval())
     return model, _tokenizer(where)
 
 
 def _tokenizer(where: str) -> PreTrainedTokenizerBase | None:
-    missing_is_none: dict[str, Any] = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    if not any(cached_file(where, name, **missing_is_none) for name in TOKENIZER_FILES):
+    """A checkpoint's tokenizer without remote code; None where it has none."""
+    settings_file = _file(where, "tokenizer_config.json")
+    has_json = _file(where, "tokenizer.json") is not None
+    has_bpe = all(_file(where, name) for name in ("vocab.json", "merges.txt"))
+    if not (settings_file or has_json or has_bpe):
         return None
-    return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    settings = json.loads(Path(settings_file).read_text(encoding="utf-8")) if settings_file else {}
+    named = settings.get("tokenizer_class")
+    # Dream names a class of its own, which is remote code. What it computes is Qwen2's byte-level BPE.
+    if named is not None and not hasattr(transformers, named) and (has_json or has_bpe):
+        tokenizer_class: Any = PreTrainedTokenizerFast if has_json else Qwen2TokenizerFast
+        tokenizer = tokenizer_class.from_pretrained(where)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    template = _file(where, "chat_template.jinja")
+    if tokenizer.chat_template is None and template is not None:  # transformers 4.46 does not read it
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _file(where: str, name: str) -> str | None:
+    """A checkpoint's file on this machine; None where it has no such file."""
+    return cached_file(
+        where,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
