@@ -1,13 +1,14 @@
-"""The decoding specification, slow and obviously right: one row, dense attention, Python loops.
+"""The decoding specification (docs/decoding.md), slow and obviously right: one row, dense, Python loops.
 
-It shares nothing with the package but the model's weights. Keys and values of every position are
-kept in one dense tensor a layer; a forward over some positions overwrites theirs.
+It shares nothing with the package but the model's weights. Keys and values of every position are kept in one
+dense tensor a layer, NaN where none were ever computed; a forward over some positions overwrites theirs.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ class SlowOutput:
     nfe: int
     step_map: list[int]
     confidence: list[float]
+    closest: float  # the narrowest decision: below the error of float32, the tokens are not determined
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,77 +37,160 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat((turned.real, turned.imag), -1)
 
 
-class SlowLLaDA:
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.config = model.config
-        self.parts = model.model.transformer
-        self.kv: list[tuple[Tensor, Tensor]] = []
+class SlowModel:
+    """LLaDA or Dream, by their modules' names."""
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Logits of the positions given; their keys and values replace those kept, if any."""
-        c = self.config
-        fresh = len(positions) == len(tokens)
-        if fresh:
-            self.kv = []
-        x = self.parts.wte.weight[tokens[positions]]
-        for i, block in enumerate(self.parts.blocks):
-            n = rms_norm(x, block.attn_norm.weight, c.rms_norm_eps)
-            q, k, v = (
-                p(n).view(len(positions), -1, c.head_dim) for p in (block.q_proj, block.k_proj, block.v_proj)
-            )
-            q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
-            if fresh:
-                self.kv.append((k, v))
-            else:
-                k, v = (
-                    old.index_copy(0, positions, new) for old, new in zip(self.kv[i], (k, v), strict=True)
-                )
-                self.kv[i] = (k, v)
+    def __init__(self, model: Any, length: int) -> None:
+        c, inner = model.config, model.model
+        self.is_dream = not hasattr(inner, "transformer")
+        if self.is_dream:
+            self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
+            self.layers = [
+                (b.input_layernorm, *(getattr(b.self_attn, f"{x}_proj") for x in "qkvo"),
+                 b.post_attention_layernorm, *(getattr(b.mlp, f"{x}_proj") for x in ("gate", "up", "down")))
+                for b in inner.layers
+            ]  # fmt: skip
+            self.embedding, self.norm, self.head = inner.embed_tokens, inner.norm, model.lm_head.weight
+        else:
+            t = inner.transformer
+            self.heads, self.kv_heads = c.n_heads, c.n_kv_heads
+            self.layers = [
+                (b.attn_norm, b.q_proj, b.k_proj, b.v_proj, b.attn_out,
+                 b.ff_norm, b.ff_proj, b.up_proj, b.ff_out)
+                for b in t.blocks
+            ]  # fmt: skip
+            self.embedding, self.norm = t.wte, t.ln_f
+            self.head = t.wte.weight if c.weight_tying else t.ff_out.weight
+        self.eps, self.theta = c.rms_norm_eps, c.rope_theta
+        self.head_dim = self.layers[0][1].out_features // self.heads
+        nothing = torch.full((length, self.kv_heads, self.head_dim), math.nan)
+        self.kv = [(nothing, nothing) for _ in self.layers]
+
+    def forward(self, tokens: Tensor, positions: Tensor, visible: int) -> dict[int, Tensor]:
+        """Logits by the position that they are for: a forward over some positions that sees [0, visible)."""
+        x = self.embedding.weight[tokens[positions]]
+        for i, (norm, wq, wk, wv, wo, norm2, gate, up, down) in enumerate(self.layers):
+            n = rms_norm(x, norm.weight, self.eps)
+            q, k, v = (w(n).view(len(positions), -1, self.head_dim) for w in (wq, wk, wv))
+            q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
+            old = self.kv[i]
+            self.kv[i] = (old[0].index_copy(0, positions, k), old[1].index_copy(0, positions, v))
+            k, v = (kept[:visible] for kept in self.kv[i])
             heads = []
-            for h in range(c.n_heads):
-                g = h // (c.n_heads // c.n_kv_heads)
-                heads.append(torch.softmax(q[:, h] @ k[:, g].T / math.sqrt(c.head_dim), -1) @ v[:, g])
-            x = x + block.attn_out(torch.cat(heads, -1))
-            n = rms_norm(x, block.ff_norm.weight, c.rms_norm_eps)
-            x = x + block.ff_out(F.silu(block.ff_proj(n)) * block.up_proj(n))
-        x = rms_norm(x, self.parts.ln_f.weight, c.rms_norm_eps)
-        return x @ (self.parts.wte.weight if c.weight_tying else self.parts.ff_out.weight).T
+            for h in range(self.heads):
+                g = h // (self.heads // self.kv_heads)
+                heads.append(torch.softmax(q[:, h] @ k[:, g].T / math.sqrt(self.head_dim), -1) @ v[:, g])
+            x = x + wo(torch.cat(heads, -1))
+            n = rms_norm(x, norm2.weight, self.eps)
+            x = x + down(F.silu(gate(n)) * up(n))
+        logits = rms_norm(x, self.norm.weight, self.eps) @ self.head.T
+        shift = 1 if self.is_dream else 0
+        found = {int(p) + shift: row for p, row in zip(positions, logits, strict=True)}
+        if shift and 0 in positions:
+            found[0] = logits[0]
+        return found
 
 
-def how_many(ranked: list[float], rule: dict, step: int, steps: int, masks: int) -> int:
-    """Positions that the rule commits, from their confidences in falling order."""
-    if "steps" in rule:
-        quotas = [masks // steps] * steps
-        for i in range(masks % steps):
-            quotas[i] += 1
-        return max(1, quotas[step])
+def kept_tokens(logits: Tensor, mask: int, top_p: float | None, top_k: int | None) -> Tensor:
+    """Which tokens top-p and then top-k leave; the best candidate always, with those that equal it."""
+    p = torch.softmax(logits, 0)
+    larger = logits[None] > logits[:, None]  # of each token, those above it
+    keep = (larger * p).sum(1) <= (1 if top_p is None else top_p)
+    if top_k is not None:
+        keep &= larger.sum(1) < top_k
+    best = max(float(x) for v, x in enumerate(logits) if v != mask)
+    return keep | (logits >= best)
+
+
+def judge(
+    logits: Tensor, mask: int, remasking: str, top_p: float | None, top_k: int | None
+) -> tuple[int, float, float]:
+    """Candidate, confidence at temperature 0, and how far the candidate's logit lies above the next."""
+    logits = logits.double()
+    if top_p is not None or top_k is not None:
+        logits = logits.masked_fill(~kept_tokens(logits, mask, top_p, top_k), -math.inf)
+    p = torch.softmax(logits, 0)
+    candidates = logits.clone()
+    candidates[mask] = -math.inf
+    token = int(candidates.argmax())
+    first, second = candidates.topk(2).values
+    if remasking == "entropy":
+        score = float(torch.xlogy(p, p).sum())
+    elif remasking == "margin":
+        score = float(p[token] - p[token] * (second - first).exp())
+    else:
+        score = float(p[token])
+    if remasking != "entropy" and score > 1 - 1e-9:
+        score = 1.0  # which it is in float32: such scores are equal
+    return token, score, float(first - second)
+
+
+def even(masks: int, steps: int) -> list[int]:
+    return [masks // steps + (i < masks % steps) for i in range(steps)]
+
+
+def linear(masks: int, steps: int, eps: float) -> list[int]:
+    """Dream's time steps, with the steps that fill nothing."""
+    t = torch.linspace(1, eps, steps + 1)
+    quotas = []
+    for i in range(steps):
+        quotas.append(int(masks * (1 - t[i + 1] / t[i])) if i < steps - 1 else masks)
+        masks -= quotas[-1]
+    return quotas
+
+
+def how_many(ranked: list[float], rule: dict, quota: int) -> tuple[int, float]:
+    """Positions that the rule commits, of confidences in falling order; and its narrowest decision."""
     if "threshold" in rule:
-        return max(1, len([c for c in ranked if c >= rule["threshold"]]))
-    n = 0
-    while n < len(ranked) and (n + 2) * (1 - ranked[n]) <= rule["factor"]:
-        n += 1
-    return max(1, n)
+        return (
+            max(1, len([c for c in ranked if c >= rule["threshold"]])),
+            min([abs(c - rule["threshold"]) for c in ranked[1:]], default=1.0),
+        )
+    if "factor" in rule:
+        n = 0
+        while n < len(ranked) and (n + 2) * (1 - ranked[n]) <= rule["factor"]:
+            n += 1
+        return max(1, n), min(abs((n + 2) * (1 - c) - rule["factor"]) for n, c in enumerate(ranked))
+    return max(1, quota), 1.0
 
 
 @torch.no_grad()
 def slow_generate(
-    model: torch.nn.Module,
+    model: Any,
     prompt: Tensor,
     *,
-    gen_length: int,
+    gen_length: int = 0,
     block_length: int,
     cache: str,
     stop_on_eos: bool = True,
+    infill: bool = False,
+    refresh: str | int = "block",
+    window: tuple[int, int] = (0, 0),
+    suffix: int | None = None,
+    cfg_scale: float = 0.0,
+    remasking: str = "low_confidence",
+    schedule: str = "even",
+    eps: float = 1e-3,
+    top_p: float | None = None,
+    top_k: int | None = None,
     **rule: float,
 ) -> SlowOutput:
     c = model.config
     mask, eos = c.mask_token_id, c.eos_token_id
-    net = SlowLLaDA(model)
-    first, end = len(prompt), len(prompt) + gen_length
-    tokens = torch.cat((prompt, torch.full((gen_length,), mask)))
-    step_map, confidence = [-1] * gen_length, [0.0] * gen_length
-    blocks = [range(a, min(a + block_length, end)) for a in range(first, end, block_length)]
-    nfe = 0
+    tokens = prompt.clone() if infill else torch.cat((prompt, torch.full((gen_length,), mask)))
+    stop_on_eos = stop_on_eos and not infill
+    end = len(tokens)
+    given = tokens != mask
+    first = int((~given).nonzero()[0])
+    net, free = SlowModel(model, end), SlowModel(model, end)
+    step_map, confidence = [-1] * (end - first), [0.0] * (end - first)
+    blocks = []
+    for a in range(first, end, block_length):
+        masks = [p for p in range(a, min(a + block_length, end)) if tokens[p] == mask]
+        if masks:
+            blocks.append((masks[0], masks[-1] + 1))
+    every = 1 if refresh == "block" else int(refresh)
+    nfe, closest = 0, math.inf
 
     def finished_at() -> int | None:
         for p in range(first, end):
@@ -115,32 +200,59 @@ def slow_generate(
                 return p
         return None
 
-    for number, block in enumerate(blocks):
-        steps = max(
-            1, int(rule.get("steps", 1)) // len(blocks) + (number < int(rule.get("steps", 1)) % len(blocks))
-        )
+    for number, (begin, stop) in enumerate(blocks):
+        last_served = min((number // every + 1) * every, len(blocks)) - 1
+        visible = end if suffix is None else min(end, blocks[last_served][1] + suffix)
+        masks = [p for p in range(begin, stop) if tokens[p] == mask]
+        one_first = net.is_dream and cache != "none" and len(masks) > 1
+        if "steps" in rule:
+            steps = max(1, int(rule["steps"]) // len(blocks) + (number < int(rule["steps"]) % len(blocks)))
+        else:
+            steps = 1
+        if schedule == "linear" and one_first:  # that is the first time step, whatever its share
+            t = torch.linspace(1, eps, steps + 1)
+            quotas, left = [1], len(masks) - 1
+            for i in range(1, steps):
+                quotas.append(int(left * (1 - t[i + 1] / t[i])) if i < steps - 1 else left)
+                left -= quotas[-1]
+            quotas.append(left)
+        elif schedule == "linear":
+            quotas = linear(len(masks), steps, eps)
+        elif one_first:
+            quotas = [1, *even(len(masks) - 1, max(1, steps - 1))]
+        else:
+            quotas = even(len(masks), steps)
+        quotas = [q for q in quotas if q > 0]
         step = 0
-        while any(tokens[p] == mask for p in block):
-            if step == 0 or cache == "none":
-                positions = torch.arange(end)
-            elif cache == "prefix":
-                positions = torch.arange(block[0], end)
-            else:
-                positions = torch.arange(block[0], block[-1] + 1)
-            logits = net.forward(tokens, positions).double()
+        while any(tokens[p] == mask for p in range(begin, stop)):
+            low, high = begin - window[0], stop + window[1]
+            refreshes = cache == "none" or (step == 0 and number % every == 0)
+            if step == 0 and not refreshes:
+                low = min(low, blocks[number - 1][0])
+            if cache == "prefix":
+                high = visible
+            if refreshes:
+                low, high = 0, visible
+            positions = torch.arange(max(0, low), min(high, visible))
+            logits = net.forward(tokens, positions, visible)
+            if cfg_scale:
+                without = free.forward(torch.where(given, mask, tokens), positions, visible)
+                logits = {p: without[p] + (cfg_scale + 1) * (x - without[p]) for p, x in logits.items()}
             nfe += 1
             found = []
-            for p in block:
+            for p in [begin] if one_first and step == 0 else range(begin, stop):
                 if tokens[p] == mask:
-                    row = logits[p - int(positions[0])]
-                    probability = torch.softmax(row, 0)
-                    row[mask] = -math.inf
-                    found.append((-float(probability[row.argmax()]), p, int(row.argmax())))
+                    token, score, gap = judge(logits[p], mask, remasking, top_p, top_k)
+                    found.append((-score, p, token, gap))
             found.sort()
-            count = how_many([-c for c, _, _ in found], rule, step, steps, len(block))
-            for c_negative, p, token in found[:count]:
+            quota = quotas[step] if step < len(quotas) else 1
+            count, gap = how_many([-f[0] for f in found], rule, quota)
+            closest = min(closest, gap, *(f[3] for f in found[:count]))
+            if count < len(found) and found[count - 1][0] != found[count][0]:
+                closest = min(closest, found[count][0] - found[count - 1][0])
+            for negative, p, token, _ in found[:count]:
                 tokens[p] = token
-                step_map[p - first], confidence[p - first] = nfe - 1, -c_negative
+                step_map[p - first], confidence[p - first] = nfe - 1, -negative
             step += 1
             if stop_on_eos and finished_at() is not None:
                 break
@@ -148,10 +260,12 @@ def slow_generate(
             break
 
     answer = tokens[first:].tolist()
-    at = answer.index(eos) if eos in answer else None
-    length = gen_length if at is None else at + 1
-    if stop_on_eos and at is not None:
-        answer[length:] = [c.pad_token_id] * (gen_length - length)
-        step_map[length:] = [-1] * (gen_length - length)
-        confidence[length:] = [0.0] * (gen_length - length)
-    return SlowOutput(answer, length, nfe, step_map, confidence)
+    length = len(answer)
+    if not infill and eos in answer:
+        length = answer.index(eos) + 1
+        if stop_on_eos:
+            rest = len(answer) - length
+            answer[length:] = [c.pad_token_id] * rest
+            step_map[length:] = [-1] * rest
+            confidence[length:] = [0.0] * rest
+    return SlowOutput(answer, length, nfe, step_map, confidence, closest)

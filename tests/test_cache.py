@@ -62,7 +62,7 @@ def test_pool_needs_pages(count: int) -> None:
 
 def make_cache(num_pages: int = 6) -> fd.PagedKVCache:
     cache = fd.PagedKVCache(2, 3, 8, num_pages=num_pages, page_size=16)
-    cache.storage.zero_()
+    cache.storage[0].zero_()
     return cache
 
 
@@ -74,7 +74,7 @@ def test_block_tables_and_slots() -> None:
     assert cache.slots(a, 15, 18).tolist() == [15, 16, 17]
     assert cache.slots(b, 0, 2).tolist() == [32, 33]
     assert fd.PagedKVCache.pages_for([20, 16, 1], 16) == 4
-    assert cache.layer(1)[0].data_ptr() == cache.storage[1, 0].data_ptr()
+    assert cache.layer(1)[0].data_ptr() == cache.storage[0][1, 0].data_ptr()
 
 
 def test_add_is_all_or_nothing() -> None:
@@ -89,13 +89,13 @@ def test_add_is_all_or_nothing() -> None:
 def test_a_forked_sequence_is_copied_when_written() -> None:
     cache = make_cache()
     (a,) = cache.add([40])
-    cache.storage[:, :, :3] = torch.rand(2, 2, 3, 3, 16, 8)
+    cache.storage[0][:, :, :3] = torch.rand(2, 2, 3, 3, 16, 8)
     b = cache.fork(a)
     assert cache.stats.num_shared == 3
     cache.prepare_write(b, 17, 18)
     table_a, table_b = cache.block_table([a, b]).tolist()
     assert [x == y for x, y in zip(table_a, table_b, strict=True)] == [True, False, True]
-    assert torch.equal(cache.storage[:, :, table_a[1]], cache.storage[:, :, table_b[1]])
+    assert torch.equal(cache.storage[0][:, :, table_a[1]], cache.storage[0][:, :, table_b[1]])
     cache.prepare_write(b, 0, 40)
     cache.free(a)
     cache.free(b)

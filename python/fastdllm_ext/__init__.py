@@ -12,8 +12,9 @@ from fastdllm_ext import ops
 from fastdllm_ext.cache import OutOfPages, PagedKVCache
 from fastdllm_ext.decoding import Commit, GenerationConfig, GenerationOutput, Timings
 from fastdllm_ext.env import collect_env
-from fastdllm_ext.generate import generate, patch
+from fastdllm_ext.generate import generate
 from fastdllm_ext.load import demo_model_path, load
+from fastdllm_ext.methods import patch
 from fastdllm_ext.patching.registry import supported_models, unpatch
 
 __version__ = "0.1.0"

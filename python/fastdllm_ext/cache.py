@@ -34,10 +34,14 @@ class PagedKVCache:
         num_layers, num_kv_heads, head_dim: of the model.
         num_pages: pages in the pool; see :meth:`pages_for`.
         page_size: positions a page holds: 16, 32 or 64.
-        dtype, device: of keys and values.
+        dtype: of keys and values.
+        device: of keys and values; or one for each layer.
 
     Attributes:
-        storage: [num_layers, 2, num_pages, num_kv_heads, page_size, head_dim]; keys at 0, values at 1.
+        storage: [layers, 2, num_pages, num_kv_heads, page_size, head_dim] of each device's layers; keys at
+            0, values at 1.
+        geometry: (num_layers, num_kv_heads, head_dim).
+        dtype, devices: of keys and values, the latter of each layer.
 
     A sequence is a number handed out by :meth:`add`; it holds its pages until :meth:`free`.
     """
@@ -51,14 +55,28 @@ class PagedKVCache:
         num_pages: int,
         page_size: int = 32,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | Sequence[torch.device | str] = "cpu",
     ) -> None:
         if page_size not in PAGE_SIZES:
             raise ValueError(f"page_size={page_size}; takes one of {PAGE_SIZES}")
+        devices = [device] * num_layers if isinstance(device, (str, torch.device)) else list(device)
+        if len(devices) != num_layers:
+            raise ValueError(
+                f"device holds {len(devices)} for {num_layers} layers; takes one, or one for each"
+            )
+        self.geometry = (num_layers, num_kv_heads, head_dim)
         self.page_size = page_size
+        self.dtype = dtype
         self.pool = PagePool(num_pages)
-        shape = (num_layers, 2, num_pages, num_kv_heads, page_size, head_dim)
-        self.storage = torch.empty(shape, dtype=dtype, device=device)
+        self.storage: list[Tensor] = []
+        self._layers: list[Tensor] = [torch.empty(0)] * num_layers  # [2, pages, heads, page size, head_dim]
+        for place in dict.fromkeys(map(torch.device, devices)):
+            here = [i for i, other in enumerate(devices) if torch.device(other) == place]
+            shape = (len(here), 2, num_pages, num_kv_heads, page_size, head_dim)
+            self.storage.append(torch.empty(shape, dtype=dtype, device=place))
+            for i, pages in zip(here, self.storage[-1], strict=True):
+                self._layers[i] = pages
+        self.devices = [pages.device for pages in self._layers]
         self._pages: dict[int, list[int]] = {}
         self._next = 0
 
@@ -68,12 +86,6 @@ class PagedKVCache:
         return sum(-(-length // page_size) for length in lengths)
 
     @property
-    def geometry(self) -> tuple[int, int, int]:
-        """(num_layers, num_kv_heads, head_dim)."""
-        layers, _, _, heads, _, head_dim = self.storage.shape
-        return layers, heads, head_dim
-
-    @property
     def stats(self) -> CacheStats:
         """Pages in use now."""
         pool = self.pool
@@ -81,7 +93,7 @@ class PagedKVCache:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Key pages and value pages of a layer, each [num_pages, num_kv_heads, page_size, head_dim]."""
-        return self.storage[index, 0], self.storage[index, 1]
+        return self._layers[index][0], self._layers[index][1]
 
     def add(self, lengths: Sequence[int]) -> list[int]:
         """One new sequence for each length, all or none.
@@ -123,15 +135,16 @@ class PagedKVCache:
                 moved.append((pages[i], own))
                 pages[i] = own
         if moved:
-            source, destination = torch.tensor(moved, device=self.storage.device).T.contiguous()
-            ops.copy_pages(self.storage.flatten(0, 1), source, destination)
+            for storage in self.storage:
+                source, destination = torch.tensor(moved, device=storage.device).T.contiguous()
+                ops.copy_pages(storage.flatten(0, 1), source, destination)
 
     def block_table(self, sequences: Sequence[int]) -> Tensor:
-        """Pages of the sequences, [B, longest] int32 on the cache's device, short rows ending in 0."""
+        """Pages of the sequences, [B, longest] int32 on the first layer's device, short rows ending in 0."""
         rows = [self._owned(sequence) for sequence in sequences]
         longest = max(map(len, rows), default=0)
         table = [row + [0] * (longest - len(row)) for row in rows]
-        return torch.tensor(table, dtype=torch.int32, device=self.storage.device).view(len(rows), longest)
+        return torch.tensor(table, dtype=torch.int32, device=self.devices[0]).view(len(rows), longest)
 
     def slots(self, sequence: int, begin: int, end: int) -> Tensor:
         """Slots of positions [begin, end): ``page * page_size + offset``, int64 on the CPU."""

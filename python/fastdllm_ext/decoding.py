@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
+from transformers.utils.hub import cached_file
 
 from fastdllm_ext.ops import Rule, Score
 
@@ -17,8 +21,16 @@ __all__ = ["Commit", "GenerationConfig", "GenerationOutput", "Timings"]
 
 CACHES = ("none", "prefix", "dual")
 RULES = ("steps", "threshold", "factor")
-REMASKING = {"low_confidence": Score.PROBABILITY, "random": Score.RANDOM}
+REMASKING = {
+    "low_confidence": Score.PROBABILITY,
+    "random": Score.RANDOM,
+    "margin": Score.MARGIN,
+    "entropy": Score.ENTROPY,
+}
+SCHEDULES = ("even", "linear", "independent")
 DEFAULT_THRESHOLD = 0.9
+CONFIG_FILE = "generation_config.json"  # HuggingFace's; ours is one key of it
+CONFIG_KEY = "fastdllm"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,19 +39,32 @@ F = TypeVar("F", bound=Callable[..., Any])
 class GenerationConfig:
     """How to decode. At most one of ``steps``, ``threshold``, ``factor``; with none, threshold 0.9.
 
+    docs/decoding.md defines every field.
+
     Attributes:
         gen_length: tokens to generate; one number, or one for each row.
         block_length: tokens a block holds; the last block may be shorter.
-        steps: forwards of a row in all, spread over its blocks; each step commits an equal quota.
-        threshold: commit every token whose probability reaches it, in (0, 1].
+        steps: forwards of a row in all, spread over its blocks; each step commits its share.
+        threshold: commit every token whose confidence reaches it: in (0, 1], or at most 0 for "entropy".
         factor: commit the n most confident tokens while (n + 1)(1 - c_n) <= factor (Theorem 1).
+        schedule: how ``steps`` shares out a block: "even" (LLaDA), or with Dream's time steps from 1 to
+            ``eps``: "linear", or "independent", which leaves each position to chance.
+        eps: the last time step of those schedules.
+        remasking: rank positions by "low_confidence" (probability), "margin" (of the two likeliest tokens),
+            "entropy" (its negative) or at "random".
+        alg_temp: temperature at which ``steps`` draws the positions to commit; 0 takes the most confident.
         temperature: of the Gumbel noise by which tokens are sampled; 0 is greedy.
         top_p, top_k: truncate the distribution, in families that define it (Dream).
+        cfg_scale: classifier-free guidance; 0 is off.
         cache: "none", "prefix" (Fast-dLLM section 3.2) or "dual".
+        refresh: "block", or every how many blocks the whole row is computed.
+        window: positions before and behind the block that a block step computes as well.
+        suffix: attend to this many positions behind the block only; None to all.
+        infill: the masks are those in ``input_ids``, anywhere; ``gen_length`` and EOS play no part.
         stop_on_eos: a row is finished once an EOS is committed and everything before it.
+        mask_token_id, eos_token_id, pad_token_id: in place of the model's; EOS may be several.
         seed: an int; row b then samples from its stream b. Or one int for each row, which then
             gives the same tokens alone and in any batch. None: drawn from torch's generator.
-        remasking: rank positions by "low_confidence" (probability) or at "random".
     """
 
     gen_length: int | Sequence[int] = 128
@@ -47,37 +72,58 @@ class GenerationConfig:
     steps: int | None = None
     threshold: float | None = None
     factor: float | None = None
+    schedule: str = "even"
+    eps: float = 1e-3
+    remasking: str = "low_confidence"
+    alg_temp: float = 0.0
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
+    cfg_scale: float = 0.0
     cache: str = "dual"
+    refresh: str | int = "block"
+    window: tuple[int, int] = (0, 0)
+    suffix: int | None = None
+    infill: bool = False
     stop_on_eos: bool = True
+    mask_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    pad_token_id: int | None = None
     seed: int | Sequence[int] | None = None
-    remasking: str = "low_confidence"
 
     def __post_init__(self) -> None:
         lengths = self.gen_length if isinstance(self.gen_length, (list, tuple)) else [self.gen_length]
         for length in lengths:
             _check_count("gen_length", length)
         _check_count("block_length", self.block_length)
-        if self.steps is not None:
-            _check_count("steps", self.steps)
-        if self.threshold is not None:
-            _check_number("threshold", self.threshold, "above 0 and at most 1", 0, 1)
-        if self.factor is not None:
-            _check_number("factor", self.factor, "above 0", 0, math.inf)
-        rules = [name for name in RULES if getattr(self, name) is not None]
-        if len(rules) > 1:
-            given = ", ".join(f"{name}={getattr(self, name)}" for name in rules)
-            raise ValueError(f"{given}: takes only one of steps, threshold and factor")
+        for name, allowed in (("cache", CACHES), ("remasking", REMASKING), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}; takes one of {', '.join(allowed)}")
+        for name in ("infill", "stop_on_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}; takes True or False")
+        self._check_rule()
         if self.temperature != 0:
             _check_number("temperature", self.temperature, "from 1e-6, or 0", 0.999e-6, math.inf)
-        if self.cache not in CACHES:
-            raise ValueError(f"cache={self.cache!r}; takes one of {', '.join(CACHES)}")
-        if self.remasking not in REMASKING:
-            raise ValueError(f"remasking={self.remasking!r}; takes one of {', '.join(REMASKING)}")
-        if not isinstance(self.stop_on_eos, bool):
-            raise TypeError(f"stop_on_eos={self.stop_on_eos!r}; takes True or False")
+        if self.alg_temp != 0:
+            _check_number("alg_temp", self.alg_temp, "from 1e-6, or 0", 0.999e-6, math.inf)
+        if self.top_p is not None:
+            _check_number("top_p", self.top_p, "above 0 and at most 1", 0, 1)
+        if self.top_k is not None:
+            _check_count("top_k", self.top_k)
+        if self.cfg_scale != 0:
+            _check_number("cfg_scale", self.cfg_scale, "of 0 or more", 0, math.inf)
+        self._check_refresh()
+        eos = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
+        tokens = {
+            "mask_token_id": [self.mask_token_id],
+            "eos_token_id": eos,
+            "pad_token_id": [self.pad_token_id],
+        }
+        for name, ids in tokens.items():
+            for token in ids:
+                if token is not None:
+                    _check_count(name, token, least=0)
         seeds = self.seed if isinstance(self.seed, (list, tuple)) else [self.seed]
         for seed in seeds if self.seed is not None else ():
             if isinstance(seed, bool) or not isinstance(seed, int):
@@ -85,11 +131,66 @@ class GenerationConfig:
             if not 0 <= seed < 2**63:
                 raise ValueError(f"seed={seed}; takes 0 to 2**63 - 1")
 
+    def _check_rule(self) -> None:
+        if self.steps is not None:
+            _check_count("steps", self.steps)
+        if self.threshold is not None:
+            if self.remasking == "entropy":
+                _check_number(
+                    "threshold", self.threshold, "of at most 0 (an entropy's negative)", -math.inf, 0
+                )
+            else:
+                _check_number("threshold", self.threshold, "above 0 and at most 1", 0, 1)
+        if self.factor is not None:
+            _check_number("factor", self.factor, "above 0", 0, math.inf)
+        rules = [name for name in RULES if getattr(self, name) is not None]
+        if len(rules) > 1:
+            given = ", ".join(f"{name}={getattr(self, name)}" for name in rules)
+            raise ValueError(f"{given}: takes only one of steps, threshold and factor")
+        if self.factor is not None and self.remasking != "low_confidence":
+            raise ValueError(
+                f"remasking={self.remasking!r}: factor bounds probabilities; takes 'low_confidence'"
+            )
+        if not rules and self.remasking == "entropy":
+            raise ValueError("remasking='entropy': takes a threshold (of at most 0) or steps")
+        _check_number("eps", self.eps, "above 0 and below 1", 0, 1 - 1e-9)
+        for name, off in (("schedule", "even"), ("alg_temp", 0)):
+            if getattr(self, name) != off and self.steps is None:
+                raise ValueError(f"{name}={getattr(self, name)!r}: is a matter of steps; takes steps=...")
+        if self.schedule == "independent" and (self.remasking != "random" or self.alg_temp != 0):
+            raise ValueError(
+                f"schedule='independent' takes remasking='random' and alg_temp=0, "
+                f"got {self.remasking!r} and {self.alg_temp}"
+            )
+
+    def _check_refresh(self) -> None:
+        if self.refresh != "block":
+            if isinstance(self.refresh, str):
+                raise ValueError(f"refresh={self.refresh!r}; takes 'block', or a number of blocks")
+            _check_count("refresh", self.refresh)
+        window = self.window
+        if not isinstance(window, (list, tuple)) or len(window) != 2:
+            raise TypeError(f"window={window!r}; takes two ints, (before, after)")
+        for count in window:
+            _check_count("window", count, least=0)
+        self.window = (window[0], window[1])
+        if self.suffix is not None:
+            _check_count("suffix", self.suffix, least=0)
+            if self.infill:
+                raise ValueError(
+                    f"suffix={self.suffix}: an infill attends to everything it is given; takes None"
+                )
+        if self.cache == "none" and (self.refresh not in ("block", 1) or self.window != (0, 0)):
+            raise ValueError(
+                f"cache='none' computes the whole row at every step: refresh={self.refresh!r} and "
+                f"window={self.window} take cache='prefix' or 'dual'"
+            )
+
     @classmethod
     def build(cls, config: GenerationConfig | None, arguments: dict[str, Any]) -> GenerationConfig:
         """``config`` (or the defaults) with keyword arguments over it.
 
-        A rule among the arguments takes the place of the config's rule.
+        A rule among the arguments takes the place of the config's, and of what belongs to ``steps``.
 
         Raises:
             TypeError: an argument that does not exist.
@@ -103,8 +204,45 @@ class GenerationConfig:
         if not isinstance(config, GenerationConfig):
             raise TypeError(f"config={type(config).__name__}; takes a fastdllm_ext.GenerationConfig")
         if any(arguments.get(rule) is not None for rule in RULES):
-            config = dataclasses.replace(config, steps=None, threshold=None, factor=None)
+            off: dict[str, Any] = {"steps": None, "threshold": None, "factor": None}
+            config = dataclasses.replace(config, **off, schedule="even", alg_temp=0.0)
         return dataclasses.replace(config, **arguments)
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | os.PathLike[str]) -> GenerationConfig:
+        """What :meth:`save_pretrained` wrote; defaults where a checkpoint's generation_config.json has none.
+
+        Raises:
+            OSError: no such folder or checkpoint, or it has no generation_config.json.
+            TypeError, ValueError: a key that does not exist, or a value out of range.
+        """
+        found: Any = cached_file(os.fspath(path_or_id), CONFIG_FILE)
+        return cls.from_dict(json.loads(Path(found).read_text(encoding="utf-8")).get(CONFIG_KEY) or {})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
+        """From a mapping such as :meth:`to_dict` returns. TypeError where it has an unknown key."""
+        return cls.build(None, dict(values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as JSON can hold them."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            f.name: list(found[f.name]) if isinstance(found[f.name], tuple) else found[f.name]
+            for f in dataclasses.fields(self)
+            if found[f.name] != f.default
+        }
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the settings into ``folder``/generation_config.json, under a key of their own.
+
+        What else the file holds stays; :func:`fastdllm_ext.load` takes the settings up as defaults.
+        """
+        path = Path(folder) / CONFIG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        values[CONFIG_KEY] = self.to_dict()
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @property
     def rule(self) -> Rule:
@@ -135,11 +273,11 @@ def takes_config_fields(function: F) -> F:
     return function
 
 
-def _check_count(name: str, value: object) -> None:
+def _check_count(name: str, value: object, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}; takes an int of 1 or more")
-    if value < 1:
-        raise ValueError(f"{name}={value}; takes 1 or more")
+        raise TypeError(f"{name}={value!r}; takes an int of {least} or more")
+    if value < least:
+        raise ValueError(f"{name}={value}; takes {least} or more")
 
 
 def _check_number(name: str, value: object, allowed: str, low: float, high: float) -> None:
@@ -167,10 +305,10 @@ class GenerationOutput:
     Attributes:
         sequences: [B, max(P + G)] int64: prompt, answer, and pad ids to the right.
         lengths: [B] int64: prompt and answer, up to and including the first EOS.
-        prompt_lengths: [B] int64.
+        prompt_lengths: [B] int64: where the answer begins; in an infill, the first mask.
         nfe: [B] int64: forwards that the row took part in.
         step_map: [B, max G] int32: the step that committed each position; -1 where none did.
-        confidence: [B, max G] float32: probability of each committed token; 0 where none.
+        confidence: [B, max G] float32: of each committed token, by ``remasking``; 0 where none.
         timings: seconds by phase.
     """
 

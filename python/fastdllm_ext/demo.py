@@ -23,8 +23,9 @@ from tqdm import tqdm
 from fastdllm_ext.decoding import GenerationOutput
 from fastdllm_ext.demo_tasks import Problem, held_out
 from fastdllm_ext.env import collect_env
-from fastdllm_ext.generate import generate, patch
+from fastdllm_ext.generate import generate
 from fastdllm_ext.load import demo_model_path, load
+from fastdllm_ext.methods import patch
 from fastdllm_ext.patching.registry import unpatch
 from fastdllm_ext.view import DenoisingView
 

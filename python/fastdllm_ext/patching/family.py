@@ -1,26 +1,22 @@
-"""What a model family is: how to recognise it, how to run its parts, and what its layers attend through."""
+"""What a model family is: how to recognise it, where its parts are, and how its logits are read."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
-
-from fastdllm_ext import ops
-from fastdllm_ext.cache import PagedKVCache
-from fastdllm_ext.rope import rope_table
-
-LAYER = "_fastdllm_layer"  # on a patched attention module: its layer's number
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the decoding loop must know about a model."""
+    """What the decoding loop must know about a model.
+
+    Attributes:
+        rounded_rope: cosines and sines are rounded to the activations' dtype before use.
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -31,84 +27,56 @@ class Geometry:
     mask_id: int
     eos_ids: tuple[int, ...]
     pad_id: int
+    rounded_rope: bool = False
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One ragged forward: T query tokens of B sequences, and where their keys lie (see ``ops``)."""
+class Layer:
+    """The modules of one layer, by their part in
 
-    positions: Tensor  # [T] int64
-    slots: Tensor  # [T] int64
-    block_table: Tensor  # [B, max_blocks] int32
-    kv_lens: Tensor  # [B] int32
-    cu_seqlens_q: Tensor  # [B + 1] int32
-    max_seqlen_q: int
+    x = x + o(attention(rope(q(n)), rope(k(n)), v(n)))     n = attn_norm(x)
+    x = x + down(silu(gate(n)) * up(n))                    n = mlp_norm(x)
+    """
 
-
-class Attention:
-    """The attention of a running generation: RoPE, write to pages, attend over pages."""
-
-    def __init__(self, geometry: Geometry, cache: PagedKVCache) -> None:
-        self.geometry = geometry
-        self.cache = cache
-        self.layout: Layout | None = None
-        self.cos, self.sin = rope_table(
-            geometry.max_positions, geometry.head_dim, geometry.rope_theta, cache.storage.device
-        )
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T, heads * head_dim], k and v [T, kv_heads * head_dim] -> [T, heads * head_dim]."""
-        assert self.layout is not None
-        at, g = self.layout, self.geometry
-        q, k, v = (x.unflatten(-1, (-1, g.head_dim)) for x in (q, k, v))
-        k_pages, v_pages = self.cache.layer(layer)
-        q = ops.rope_write_kv(q, k, v, self.cos, self.sin, at.positions, at.slots, k_pages, v_pages)
-        out = ops.paged_attention(
-            q,
-            k_pages,
-            v_pages,
-            at.block_table,
-            at.kv_lens,
-            at.cu_seqlens_q,
-            at.max_seqlen_q,
-            g.head_dim**-0.5,
-        )
-        return out.flatten(-2)
+    attn_norm: nn.Module
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    mlp_norm: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
 
 
-_running: ContextVar[Attention | None] = ContextVar("fastdllm_attention", default=None)
+@dataclass(frozen=True)
+class Parts:
+    """A model's own modules, in the order in which a forward runs them."""
 
-
-def running_attention() -> Attention | None:
-    """The attention of the generation that runs in this thread, for a family's patched method."""
-    return _running.get()
-
-
-@contextmanager
-def attending(attention: Attention) -> Iterator[None]:
-    """Within it, patched modules attend through ``attention``."""
-    token = _running.set(attention)
-    try:
-        yield
-    finally:
-        _running.reset(token)
+    embedding: nn.Module
+    layers: tuple[Layer, ...]
+    norm: nn.Module
+    head: Callable[[Tensor], Tensor]
 
 
 class Family(ABC):
-    """One model family: how to recognise it, and how to run its parts.
-
-    ``model`` is an ``nn.Module`` with a ``config``; its other attributes are the family's business.
+    """One model family. ``model`` is an ``nn.Module`` with a ``config``.
 
     Attributes:
-        name: as ``config.model_type`` says it, in lower case.
-        checkpoints: published models of the family.
-        needs_prompt: whether the first generated position needs one before it.
+        model_type: as ``config.model_type`` says it, in lower case.
+        checkpoints: published models of the family, each with what of it is verified.
+        needs_prompt: whether the first generated position needs a token before it.
+        shift: the logits of a position come from the output of the position before it.
+        samples_first: confidence is taken after temperature, top-p and top-k; without it, temperature
+            is noise on the candidate alone and there is no top-p or top-k.
         generate_name: the model's method that a patch provides.
     """
 
-    name: str
-    checkpoints: tuple[str, ...]
+    model_type: str
+    checkpoints: ClassVar[Mapping[str, str]]
     needs_prompt: bool = False
+    shift: bool = False
+    samples_first: bool = False
     generate_name: str = "generate"
 
     @abstractmethod
@@ -120,18 +88,42 @@ class Family(ABC):
         """Sizes and token ids. ValueError where the configuration asks for what the family does not do."""
 
     @abstractmethod
-    def methods(self, model: Any) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
-        """For each layer the module, the method's name, and the function to set there."""
-
-    @abstractmethod
-    def hidden(self, model: Any, input_ids: Tensor) -> Tensor:
-        """[T] int64 -> [T, hidden] after the final norm, attending through ``running_attention``."""
-
-    @abstractmethod
-    def logits(self, model: Any, hidden: Tensor) -> Tensor:
-        """[R, hidden] -> [R, vocab]."""
+    def parts(self, model: Any) -> Parts:
+        """The model's modules."""
 
 
-def layer_number(module: nn.Module) -> int:
-    """The layer of a patched attention module."""
-    return module.__dict__[LAYER]
+def require(family: Family, config: Any, official: Mapping[str, Any]) -> None:
+    """ValueError that names a key of the configuration without its official value; absent is official."""
+    for key, value in official.items():
+        found = getattr(config, key, None)
+        found = getattr(found, "value", found)  # an enum, in some copies
+        if found is not None and found != value:
+            raise ValueError(
+                f"model: {key}={found!r} is not supported for {family.model_type}; takes {value!r}"
+            )
+
+
+def special_tokens(model: Any) -> dict[str, Any]:
+    """``mask_id``, ``eos_ids`` and ``pad_id``: the generation configuration's, else the configuration's.
+
+    The pad id is the first EOS where there is none.
+    """
+
+    def token(name: str) -> Any:
+        for config in (getattr(model, "generation_config", None), model.config):
+            value = getattr(config, name, None)
+            if value is not None:
+                return value
+        return None
+
+    eos = token("eos_token_id")
+    eos_ids = tuple(map(int, eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]))
+    pad = token("pad_token_id")
+    mask = token("mask_token_id")
+    if mask is None:
+        raise ValueError("model: its configuration has no mask_token_id")
+    return {
+        "mask_id": int(mask),
+        "eos_ids": eos_ids,
+        "pad_id": int(pad) if pad is not None else (*eos_ids, 0)[0],
+    }

@@ -1,23 +1,24 @@
 """Which models can be patched, and patching itself.
 
-Patching sets methods on the model's own modules, as instance attributes that fall through to the
-class's method unless a generation of ours is running. No weight and no module is touched.
+A patch gives a model a method that generates, and notes which family it is. No module, weight or method
+of the model's own is touched: a generation runs the model's modules from outside (``forward.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from fastdllm_ext.patching.family import LAYER, Family
+from fastdllm_ext.patching.dream import Dream
+from fastdllm_ext.patching.family import Family
 from fastdllm_ext.patching.llada import LLaDA
 
 # A family is one file beside this one. They are tried in this order.
-FAMILIES: tuple[Family, ...] = (LLaDA(),)
+FAMILIES: tuple[Family, ...] = (LLaDA(), Dream())
 
 _MARK = "_fastdllm"  # on a patched model: its Patch
 
@@ -27,17 +28,22 @@ class Patch:
     """What :func:`patch` did to a model, kept on it."""
 
     family: Family
-    replaced_generate: Any = None  # an instance attribute that stood in its place
+    replaced: Any = None  # an instance attribute that stood in the place of the method
 
 
-def supported_models() -> dict[str, tuple[str, ...]]:
-    """The families that :func:`patch` knows, each with its published checkpoints."""
-    return {family.name: family.checkpoints for family in FAMILIES}
+def supported_models() -> dict[str, dict[str, str]]:
+    """The families that :func:`patch` knows: checkpoints of each, and what of them is verified."""
+    return {family.model_type: dict(family.checkpoints) for family in FAMILIES}
 
 
 def supported_text() -> str:
     """The supported models as a sentence, for error messages."""
     return "Supported: " + "; ".join(f"{name} ({', '.join(ids)})" for name, ids in supported_models().items())
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside ``torch.compile``'s wrapper; any other as it is."""
+    return getattr(model, "_orig_mod", model)
 
 
 def find_family(model: nn.Module) -> Family:
@@ -51,53 +57,51 @@ def find_family(model: nn.Module) -> Family:
         raise TypeError(f"model={type(model).__name__}; takes a torch.nn.Module")
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for family in FAMILIES:
-        if str(model_type).lower() == family.name and family.recognises(model):
+        if str(model_type).lower() == family.model_type and family.recognises(model):
             return family
     raise ValueError(
         f"model={type(model).__name__} with model_type={model_type!r} is not supported. {supported_text()}"
     )
 
 
-def patch(model: nn.Module, generate: Callable[..., Any]) -> nn.Module:
-    """Sets the family's methods on a model, and ``generate`` as its method. Idempotent.
+def patch(model: nn.Module, methods: Mapping[str, Callable[..., Any]]) -> nn.Module:
+    """Gives a model its family's method of ``methods``. Idempotent.
 
     Raises:
         TypeError, ValueError: not a supported model, or a configuration that its family does not cover;
             the model is then as it was.
     """
-    if is_patched(model):
+    inner = unwrapped(model)
+    if is_patched(inner):
         return model
-    family = find_family(model)
-    family.geometry(model)  # refuses what it cannot run, before anything is changed
-    for layer, (module, name, function) in enumerate(family.methods(model)):
-        module.__dict__[LAYER] = layer
-        module.__dict__[name] = MethodType(function, module)
-    model.__dict__[_MARK] = Patch(family, model.__dict__.get(family.generate_name))
-    model.__dict__[family.generate_name] = MethodType(generate, model)
+    family = find_family(inner)
+    family.geometry(inner)  # refuses what it cannot run, before anything is changed
+    family.parts(inner)
+    name = family.generate_name
+    inner.__dict__[_MARK] = Patch(family, inner.__dict__.get(name))
+    inner.__dict__[name] = MethodType(methods[name], inner)
     return model
 
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Restores a patched model exactly. A model that is not patched is returned as it is."""
-    if not is_patched(model):
-        return model
-    done: Patch = model.__dict__.pop(_MARK)
-    for module, name, _ in done.family.methods(model):
-        del module.__dict__[name], module.__dict__[LAYER]
-    del model.__dict__[done.family.generate_name]
-    if done.replaced_generate is not None:
-        model.__dict__[done.family.generate_name] = done.replaced_generate
+    inner = unwrapped(model)
+    if is_patched(inner):
+        done: Patch = inner.__dict__.pop(_MARK)
+        del inner.__dict__[done.family.generate_name]
+        if done.replaced is not None:
+            inner.__dict__[done.family.generate_name] = done.replaced
     return model
 
 
 def is_patched(model: nn.Module) -> bool:
     """Whether :func:`patch` has been applied."""
-    return _MARK in getattr(model, "__dict__", {})
+    return _MARK in getattr(unwrapped(model), "__dict__", {})
 
 
 def patched_family(model: nn.Module) -> Family:
     """The family of a patched model. ValueError where it is not patched."""
     if not is_patched(model):
-        find_family(model)  # an unsupported model is the better complaint
+        find_family(unwrapped(model))  # an unsupported model is the better complaint
         raise ValueError(f"model={type(model).__name__} is not patched; call fastdllm_ext.patch(model) first")
-    return model.__dict__[_MARK].family
+    return unwrapped(model).__dict__[_MARK].family

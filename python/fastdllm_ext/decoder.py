@@ -1,0 +1,454 @@
+"""The decoding loop (Fast-dLLM, Algorithm 1), once, for every family, cache mode and rule.
+
+    for each block of a row:
+        refresh:    forward over the whole row; commit inside the block
+        block step: forward over the cache mode's queries; commit; until the block holds no mask
+
+Its heart is :meth:`Decoder.turn`: the active rows, each of which either refreshes or takes a block
+step, form one ragged forward; then `unmask` commits in all of them, and the rows advance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdllm_ext import ops
+from fastdllm_ext.cache import PagedKVCache
+from fastdllm_ext.decoding import REMASKING, GenerationConfig, Timings
+from fastdllm_ext.forward import Attention, Layout, hidden_states
+from fastdllm_ext.ops import Knob, Row
+from fastdllm_ext.patching.family import Family, Geometry, Parts
+from fastdllm_ext.patching.registry import patched_family
+
+
+@dataclass(frozen=True)
+class Block:
+    """Positions [begin, end) that are filled together; the first and the last of them are masks."""
+
+    begin: int
+    end: int
+    masks: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward of a row computes: the data by which cache modes and refresh policies differ.
+
+    Attributes:
+        queries: positions computed, whose keys and values are written.
+        visible: positions attended to: [0, visible).
+        candidates: where a mask may be filled.
+    """
+
+    queries: tuple[int, int]
+    visible: int
+    candidates: tuple[int, int]
+
+    @property
+    def is_refresh(self) -> bool:
+        """All that is attended to is computed."""
+        return self.queries == (0, self.visible)
+
+
+@dataclass
+class DecodingRow:
+    """The host's view of one row: where it stands, and where its keys lie.
+
+    Attributes:
+        index: its row in the decoder's tensors.
+        sequences: its number in the cache; with guidance, that of its prompt-less twin too.
+        first, end: positions of the answer, from the first mask to the end of the row.
+        blocks: those that hold masks, from left to right.
+        block: the block being filled.
+        fresh: the next step is the block's first.
+        masks_left: masks of the block.
+        times: the block's time steps, where the schedule has them.
+        nfe: forwards taken.
+        done: finished.
+    """
+
+    index: int
+    sequences: tuple[int, ...]
+    first: int
+    end: int
+    blocks: list[Block]
+    block: int = 0
+    fresh: bool = True
+    masks_left: int = 0
+    times: TimeSteps | None = None
+    nfe: int = 0
+    done: bool = False
+
+    def next_step(self, config: GenerationConfig, shift: bool) -> Step:
+        """The row's next forward (docs/decoding.md has the table)."""
+        every = config.refresh if isinstance(config.refresh, int) else 1
+        block, visible = self.blocks[self.block], self.end
+        if config.suffix is not None:
+            served = min(self.block - self.block % every + every, len(self.blocks)) - 1
+            visible = min(visible, self.blocks[served].end + config.suffix)
+        whole = (block.begin, block.end)
+        if config.cache == "none":
+            return Step((0, visible), visible, whole)
+        # Where the logits of a block's first position come from the one before it, which the later steps do
+        # not compute, the first step fills that position and no other.
+        fills = (block.begin, block.begin + 1) if self.fresh and shift else whole
+        if self.fresh and self.block % every == 0:
+            return Step((0, visible), visible, fills)
+        before, after = config.window
+        begin = max(0, block.begin - before)
+        if self.fresh:  # no refresh: the keys of the block before are those of its masks, and are made anew
+            begin = min(begin, self.blocks[self.block - 1].begin)
+        end = visible if config.cache == "prefix" else min(visible, block.end + after)
+        return Step((begin, end), visible, fills)
+
+
+class TimeSteps:
+    """Dream's time steps 1 = t_0 > t_1 > ... > t_S = eps of a block: how many masks each step fills.
+
+    Step i fills a share 1 - t_(i+1) / t_i of the masks that are left, rounded down, and the last step all
+    of them; with ``chance``, each mask with that probability. A step that fills nothing needs no forward.
+    """
+
+    def __init__(self, steps: int, eps: float, chance: random.Random | None) -> None:
+        times = torch.linspace(1, eps, steps + 1)
+        self.shares = 1 - times[1:] / times[:-1]
+        self.chance = chance
+        self.step = 0
+
+    def quota(self, masks: int, candidates: int) -> int:
+        """How many of the masks left the next step fills: at least one, and just one of one candidate."""
+        if candidates == 1:
+            self.step += 1
+            return 1
+        while self.step < len(self.shares) - 1:
+            share, self.step = self.shares[self.step], self.step + 1
+            if self.chance is None:
+                count = int(masks * share)  # in float32, as published
+            else:
+                count = sum(self.chance.random() < float(share) for _ in range(masks))
+            if count > 0:
+                return count
+        return masks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Index tensors of one ragged forward; the same for every step of a block.
+
+    With guidance, the rows' twins follow them in the same order, so that T is twice the rows' queries.
+
+    Attributes:
+        tokens: [T] int64, the queries' places in the flattened tokens.
+        layout: positions, slots and offsets for the attention.
+        candidates: [S] int64, positions that may be filled, as places in the flattened tokens.
+        sources: [S] int64, the queries that their logits come from.
+        positions: [S] int64, the same positions within their rows.
+        counts: masks among the candidates, for each row of the decoder.
+        has_refresh: some row refreshes.
+    """
+
+    tokens: Tensor
+    layout: Layout
+    candidates: Tensor
+    sources: Tensor
+    positions: Tensor
+    counts: list[int]
+    has_refresh: bool
+
+
+class Decoder:
+    """Tensors of a batch of rows, and the turn that advances them.
+
+    Args:
+        model: a patched model.
+        geometry: its sizes and token ids.
+        config: block length, cache mode, rule and temperature, shared by the rows.
+        cache: where keys and values go.
+        rows: 1-D int64 tensors, masks where tokens are to be generated.
+        seeds: (seed, stream) of each row.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        geometry: Geometry,
+        config: GenerationConfig,
+        cache: PagedKVCache,
+        rows: Sequence[Tensor],
+        seeds: Sequence[tuple[int, int]],
+    ) -> None:
+        self.model, self.geometry, self.config, self.cache = model, geometry, config, cache
+        self.family: Family = patched_family(model)
+        self.parts: Parts = self.family.parts(model)
+        self.seeds = seeds
+        lengths = [len(row) for row in rows]
+        self.attention = Attention(self.geometry, cache, max(lengths))
+        device = rows[0].device
+        self.timings = Clock(device)
+
+        count, width = len(rows), max(lengths)
+        self.tokens = torch.full((count, width), self.geometry.pad_id, dtype=torch.int64, device=device)
+        for b, row in enumerate(rows):
+            self.tokens[b, : len(row)] = row
+        self.given = self.tokens != self.geometry.mask_id
+        self.step_map = torch.full((count, width), -1, dtype=torch.int32, device=device)
+        self.confidence = torch.zeros((count, width), dtype=torch.float32, device=device)
+        stops = config.stop_on_eos and not config.infill
+        self.eos_ids = torch.tensor(self.geometry.eos_ids if stops else (), dtype=torch.int64, device=device)
+        self.knobs = self._knobs().repeat(count, 1).to(device)
+        self.filtered = config.top_p not in (None, 1) or config.top_k is not None
+
+        masks = [(row == self.geometry.mask_id).nonzero()[:, 0].tolist() for row in rows]
+        blocks = [split_blocks(positions, config.block_length) for positions in masks]
+        state = torch.zeros((count, len(Row)), dtype=torch.int64)
+        for b, length in enumerate(lengths):
+            state[b, Row.RULE] = config.rule
+            state[b, Row.SCORE] = REMASKING[config.remasking]
+            state[b, Row.SEED], state[b, Row.STREAM] = seeds[b]
+            state[b, Row.FIRST], state[b, Row.END] = blocks[b][0].begin, length
+            state[b, Row.EOS_AT] = -1
+        self.state = state.to(device)
+        self._steps: dict[int, Step] = {}
+        self._plan: Plan | None = None
+        self.rows: list[DecodingRow] = []
+        twins = 2 if config.cfg_scale else 1
+        sequences = cache.add(lengths * twins)  # last: from here on close() gives the pages back
+        for b, length in enumerate(lengths):
+            self.rows.append(
+                DecodingRow(b, tuple(sequences[b::count]), blocks[b][0].begin, length, blocks[b])
+            )
+            self._enter_block(self.rows[b])
+
+    def close(self) -> None:
+        """Gives the rows' pages back."""
+        for row in self.rows:
+            for sequence in row.sequences:
+                self.cache.free(sequence)
+        self.rows = []
+
+    @torch.no_grad()
+    def turn(self) -> list[DecodingRow]:
+        """One forward of every row that is not done; returns the rows that took part."""
+        active = [row for row in self.rows if not row.done]
+        plan = self._make_plan(active)
+        with self.timings.phase("refresh" if plan.has_refresh else "block_steps"):
+            logits, positions = self._forward(plan)
+        with self.timings.phase("selection"):
+            self._set_quotas(active, plan.counts)
+            offsets = [0, *itertools.accumulate(plan.counts)]
+            ops.unmask(
+                logits,
+                torch.tensor(offsets, dtype=torch.int32, device=logits.device),
+                positions,
+                self.tokens,
+                self.step_map,
+                self.confidence,
+                self.state,
+                self.knobs,
+                self.eos_ids,
+                self.geometry.mask_id,
+                self.filtered,
+            )
+            state = self.state.tolist()  # the turn's one wait for the device
+        if any(state[row.index][Row.BAD_LOGITS] for row in active):
+            raise ValueError(self._describe_bad_logits(plan, state))
+        for row in active:
+            self._advance(row, state[row.index])
+        return active
+
+    def _knobs(self) -> Tensor:
+        c, knobs = self.config, torch.zeros(len(Knob), dtype=torch.float32)
+        knobs[Knob.VALUE], knobs[Knob.TEMPERATURE] = c.value, c.temperature
+        knobs[Knob.SOFTMAX_TEMPERATURE] = (
+            c.temperature if self.family.samples_first and c.temperature else 1.0
+        )
+        knobs[Knob.TOP_P] = 1.0 if c.top_p is None else c.top_p
+        knobs[Knob.TOP_K] = c.top_k or 0
+        knobs[Knob.RANK_TEMPERATURE] = c.alg_temp
+        return knobs
+
+    def _forward(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Logits [masks, vocab] of the masks among the candidates, and their positions [masks]."""
+        flat = self.tokens.view(-1)
+        inputs = flat[plan.tokens]
+        if self.config.cfg_scale:  # a twin sees nothing of what was given
+            twins = inputs.view(2, -1)[1]
+            twins[self.given.view(-1)[plan.tokens].view(2, -1)[1]] = self.geometry.mask_id
+        self.attention.attend_over(plan.layout)
+        hidden = hidden_states(self.parts, inputs, self.attention)
+        masked = flat[plan.candidates] == self.geometry.mask_id
+        chosen = torch.nonzero_static(masked, size=sum(plan.counts)).squeeze(1)  # counts are known: no wait
+        return self._logits(hidden, plan, chosen).to(self.tokens.device), plan.positions[chosen]
+
+    def _logits(self, hidden: Tensor, plan: Plan, chosen: Tensor) -> Tensor:
+        """[R, vocab] of the candidates chosen; with guidance, u + (1 + scale)(c - u), u being the twin's."""
+        sources = plan.sources[chosen].to(hidden.device)
+        conditional = self.parts.head(hidden[sources])
+        if not self.config.cfg_scale:
+            return conditional
+        free = self.parts.head(hidden[sources + len(hidden) // 2])
+        return free + (self.config.cfg_scale + 1) * (conditional - free)
+
+    def _make_plan(self, active: list[DecodingRow]) -> Plan:
+        steps = {row.index: row.next_step(self.config, self.family.shift) for row in active}
+        if self._plan is None or steps != self._steps:
+            self._plan, self._steps = self._build_plan(active, steps), steps
+        counts = [0] * len(self.rows)
+        for row in active:
+            begin, end = steps[row.index].candidates
+            counts[row.index] = min(row.masks_left, end - begin)
+        return replace(self._plan, counts=counts)
+
+    def _build_plan(self, active: list[DecodingRow], steps: dict[int, Step]) -> Plan:
+        device, width = self.tokens.device, self.tokens.shape[1]
+        tokens, positions, slots, offsets, sequences = [], [], [], [0], []
+        candidates, sources, candidate_positions = [], [], []
+        for lane in range(2 if self.config.cfg_scale else 1):
+            for row in active:
+                step, sequence = steps[row.index], row.sequences[lane]
+                begin, end = step.queries
+                self.cache.prepare_write(sequence, begin, end)
+                where = torch.arange(begin, end)
+                tokens.append(where + row.index * width)
+                positions.append(where)
+                slots.append(self.cache.slots(sequence, begin, end))
+                sequences.append(sequence)
+                if lane == 0:
+                    fill = torch.arange(*step.candidates)
+                    candidates.append(fill + row.index * width)
+                    sources.append((fill - int(self.family.shift)).clamp(min=0) - begin + offsets[-1])
+                    candidate_positions.append(fill)
+                offsets.append(offsets[-1] + end - begin)
+        visible = [steps[row.index].visible for row in active]
+        layout = Layout(
+            positions=torch.cat(positions).to(device),
+            slots=torch.cat(slots).to(device),
+            block_table=self.cache.block_table(sequences).to(device),
+            kv_lens=torch.tensor(visible * (len(sequences) // len(active)), dtype=torch.int32, device=device),
+            cu_seqlens_q=torch.tensor(offsets, dtype=torch.int32, device=device),
+            max_seqlen_q=max(b - a for a, b in itertools.pairwise(offsets)),
+        )
+        flat, fills, queries, where = (
+            torch.cat(x).to(device) for x in (tokens, candidates, sources, candidate_positions)
+        )
+        return Plan(flat, layout, fills, queries, where, [], any(s.is_refresh for s in steps.values()))
+
+    def _set_quotas(self, active: list[DecodingRow], counts: list[int]) -> None:
+        """Tells the device how many masks the next step fills, in rows whose schedule has time steps."""
+        timed = [row for row in active if row.times is not None]
+        if not timed:
+            return
+        quotas = [row.times.quota(row.masks_left, counts[row.index]) for row in timed if row.times]
+        state = self.state[[row.index for row in timed]]
+        state[:, Row.BLOCK_STEP], state[:, Row.BLOCK_STEPS] = 0, 1
+        state[:, Row.BLOCK_MASKS] = torch.tensor(quotas, device=state.device)
+        self.state[[row.index for row in timed]] = state
+
+    def _advance(self, row: DecodingRow, state: list[int]) -> None:
+        """Takes over what the device says of a row: block filled, row finished."""
+        row.nfe, row.masks_left, row.fresh = state[Row.STEP], state[Row.MASKS_LEFT], False
+        if state[Row.EOS_AT] >= 0:
+            row.done = True
+        elif row.masks_left == 0:
+            row.block += 1
+            if row.block == len(row.blocks):
+                row.done = True
+            else:
+                self._enter_block(row)
+
+    def _enter_block(self, row: DecodingRow) -> None:
+        """Sets the state of the row's next block: all masks, no step taken, its share of the steps."""
+        row.fresh, row.masks_left = True, row.blocks[row.block].masks
+        share, rest = divmod(self.config.steps or 0, len(row.blocks))
+        steps = max(1, share + (row.block < rest))
+        begin, end = row.next_step(self.config, self.family.shift).candidates
+        alone = (
+            end - begin == 1 < row.masks_left
+        )  # the first step has one candidate: the others share the rest
+        values = [-alone, row.masks_left - alone, max(1, steps - alone), row.masks_left]
+        columns = slice(
+            Row.BLOCK_STEP, Row.MASKS_LEFT + 1
+        )  # BLOCK_STEP, BLOCK_MASKS, BLOCK_STEPS, MASKS_LEFT
+        self.state[row.index, columns] = torch.tensor(values, device=self.state.device)
+        if self.config.schedule != "even":
+            seed, stream = self.seeds[row.index]
+            chance = random.Random(f"{seed} {stream} {row.block}")
+            independent = self.config.schedule == "independent"
+            row.times = TimeSteps(steps, self.config.eps, chance if independent else None)
+
+    def _describe_bad_logits(self, plan: Plan, state: list[list[int]]) -> str:
+        """Which rows, and the first module whose output went wrong: the same forward once more, watched."""
+        found: list[str] = []
+
+        def watch(name: str, module: nn.Module) -> Any:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                first = output[0] if isinstance(output, tuple) else output
+                if not found and isinstance(first, Tensor) and not bool(first.isfinite().all()):
+                    found.append(name)
+
+            return module.register_forward_hook(hook)
+
+        handles = [watch(name, module) for name, module in self.model.named_modules() if name]
+        try:
+            self._forward(plan)
+        finally:
+            for handle in handles:
+                handle.remove()
+        rows = [b for b, fields in enumerate(state) if fields[Row.BAD_LOGITS]]
+        where = f"the output of {found[0]}" if found else "the logits"
+        return (
+            f"logits: NaN or infinite in rows {rows} at step {state[rows[0]][Row.STEP]}; first in {where}. "
+            "Nothing was committed"
+        )
+
+
+def split_blocks(masks: Sequence[int], block_length: int) -> list[Block]:
+    """The blocks of a row from the positions of its masks: runs of ``block_length`` from the first mask on.
+
+    A run without a mask is no block; one that has some is cut to them.
+    """
+    runs = itertools.groupby(masks, key=lambda position: (position - masks[0]) // block_length)
+    found = [list(run) for _, run in runs]
+    return [Block(run[0], run[-1] + 1, len(run)) for run in found]
+
+
+class Clock:
+    """Adds up seconds by phase: wall time on the CPU, events on a GPU (read once, at the end)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._start = perf_counter()
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What happens within it counts as this phase."""
+        begin = self._now()
+        yield
+        self._spans.append((name, begin, self._now()))
+
+    def read(self) -> Timings:
+        """Seconds so far."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        timings = Timings(total=perf_counter() - self._start)
+        for name, begin, end in self._spans:
+            seconds = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+            setattr(timings, name, getattr(timings, name) + seconds)
+        return timings

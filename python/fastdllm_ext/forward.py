@@ -1,0 +1,104 @@
+"""One ragged forward through a model's own modules, attending over pages.
+
+Rows of any length go through the modules as one long row without padding; only attention knows where
+one ends and the next begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdllm_ext import ops
+from fastdllm_ext.cache import PagedKVCache
+from fastdllm_ext.patching.family import Geometry, Parts
+from fastdllm_ext.rope import rope_table
+
+
+@dataclass(frozen=True)
+class Layout:
+    """T query tokens of B sequences, and where their keys lie (see ``ops``)."""
+
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64
+    block_table: Tensor  # [B, max_blocks] int32
+    kv_lens: Tensor  # [B] int32
+    cu_seqlens_q: Tensor  # [B + 1] int32
+    max_seqlen_q: int
+
+    def to(self, device: torch.device) -> Layout:
+        """The same on another device."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "max_seqlen_q"}
+        return replace(self, **moved)
+
+
+class Attention:
+    """The attention of a generation: RoPE, write to pages, attend over pages, on each layer's device.
+
+    Args:
+        geometry: of the model.
+        cache: the pages.
+        length: positions of the longest row.
+    """
+
+    def __init__(self, geometry: Geometry, cache: PagedKVCache, length: int) -> None:
+        self.head_dim = geometry.head_dim
+        self.cache = cache
+        rounded = cache.dtype if geometry.rounded_rope else torch.float32
+        length = 1 << max(length - 1, 1023).bit_length()  # few different tables, for they are kept
+        self._tables = {
+            device: rope_table(length, geometry.head_dim, geometry.rope_theta, device, rounded)
+            for device in set(cache.devices)
+        }
+        self._layouts: dict[torch.device, Layout] = {}
+
+    def attend_over(self, layout: Layout) -> None:
+        """Where queries and keys of the following calls lie."""
+        self._layouts = {device: layout.to(device) for device in self._tables}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, heads * head_dim], k and v [T, kv_heads * head_dim] -> [T, heads * head_dim]."""
+        device = self.cache.devices[layer]
+        at, (cos, sin) = self._layouts[device], self._tables[device]
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        k_pages, v_pages = self.cache.layer(layer)
+        q = ops.rope_write_kv(q, k, v, cos, sin, at.positions, at.slots, k_pages, v_pages)
+        out = ops.paged_attention(
+            q,
+            k_pages,
+            v_pages,
+            at.block_table,
+            at.kv_lens,
+            at.cu_seqlens_q,
+            at.max_seqlen_q,
+            self.head_dim**-0.5,
+        )
+        return out.flatten(-2)
+
+
+def hidden_states(parts: Parts, input_ids: Tensor, attend: Attention) -> Tensor:
+    """[T] int64 -> [T, hidden] after the final norm."""
+    x = parts.embedding(input_ids[None])
+    for i, layer in enumerate(parts.layers):
+        x = x.to(attend.cache.devices[i])
+        n = layer.attn_norm(x)
+        x = x + layer.o(attend(i, layer.q(n)[0], layer.k(n)[0], layer.v(n)[0])[None])
+        n = layer.mlp_norm(x)
+        x = x + layer.down(F.silu(layer.gate(n)) * layer.up(n))
+    return parts.norm(x)[0]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: accelerate's execution device where it has one, else its weights'."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for candidate in getattr(hook, "hooks", [hook]):
+        execution = getattr(candidate, "execution_device", None)
+        if execution is not None:
+            return torch.device("cuda", execution) if isinstance(execution, int) else torch.device(execution)
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
