@@ -22,7 +22,7 @@ from transformers import (  # type: ignore[attr-defined]  # a fast class that 5.
 from transformers.utils.hub import cached_file
 
 from fastdllm_ext.compat import dtype_argument
-from fastdllm_ext.generate import patch
+from fastdllm_ext.methods import patch
 from fastdllm_ext.models import DreamModel, LLaDAModelLM
 from fastdllm_ext.models.layers import read_generation_config
 from fastdllm_ext.patching.registry import supported_text
