@@ -94,8 +94,8 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         lengths = self.gen_length if isinstance(self.gen_length, (list, tuple)) else [self.gen_length]
         for length in lengths:
-            _check_count("gen_length", length)
-        _check_count("block_length", self.block_length)
+            check_count("gen_length", length)
+        check_count("block_length", self.block_length)
         for name, allowed in (("cache", CACHES), ("remasking", REMASKING), ("schedule", SCHEDULES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; takes one of {', '.join(allowed)}")
@@ -110,7 +110,7 @@ class GenerationConfig:
         if self.top_p is not None:
             _check_number("top_p", self.top_p, "above 0 and at most 1", 0, 1)
         if self.top_k is not None:
-            _check_count("top_k", self.top_k)
+            check_count("top_k", self.top_k)
         if self.cfg_scale != 0:
             _check_number("cfg_scale", self.cfg_scale, "of 0 or more", 0, math.inf)
         self._check_refresh()
@@ -123,7 +123,7 @@ class GenerationConfig:
         for name, ids in tokens.items():
             for token in ids:
                 if token is not None:
-                    _check_count(name, token, least=0)
+                    check_count(name, token, least=0)
         seeds = self.seed if isinstance(self.seed, (list, tuple)) else [self.seed]
         for seed in seeds if self.seed is not None else ():
             if isinstance(seed, bool) or not isinstance(seed, int):
@@ -133,7 +133,7 @@ class GenerationConfig:
 
     def _check_rule(self) -> None:
         if self.steps is not None:
-            _check_count("steps", self.steps)
+            check_count("steps", self.steps)
         if self.threshold is not None:
             if self.remasking == "entropy":
                 _check_number(
@@ -167,15 +167,15 @@ class GenerationConfig:
         if self.refresh != "block":
             if isinstance(self.refresh, str):
                 raise ValueError(f"refresh={self.refresh!r}; takes 'block', or a number of blocks")
-            _check_count("refresh", self.refresh)
+            check_count("refresh", self.refresh)
         window = self.window
         if not isinstance(window, (list, tuple)) or len(window) != 2:
             raise TypeError(f"window={window!r}; takes two ints, (before, after)")
         for count in window:
-            _check_count("window", count, least=0)
+            check_count("window", count, least=0)
         self.window = (window[0], window[1])
         if self.suffix is not None:
-            _check_count("suffix", self.suffix, least=0)
+            check_count("suffix", self.suffix, least=0)
             if self.infill:
                 raise ValueError(
                     f"suffix={self.suffix}: an infill attends to everything it is given; takes None"
@@ -273,7 +273,8 @@ def takes_config_fields(function: F) -> F:
     return function
 
 
-def _check_count(name: str, value: object, least: int = 1) -> None:
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """TypeError or ValueError unless it is an int of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r}; takes an int of {least} or more")
     if value < least:

@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.decoder import Block, Decoder, DecodingRow, Plan
-from fastdllm_ext.decoding import GenerationConfig, GenerationOutput, Streamer
+from fastdllm_ext.decoding import GenerationConfig, GenerationOutput, Streamer, check_count
 from fastdllm_ext.generate import run
 from fastdllm_ext.ops import Row
 from fastdllm_ext.patching.registry import patched_family, unwrapped
@@ -113,6 +113,7 @@ def diffusion_generate(
             f"block_length={config.block_length} for {gen_length} tokens"
         )
     copies = published["num_return_sequences"]
+    check_count("num_return_sequences", copies)
     inputs = inputs.repeat_interleave(copies, 0)
     attention_mask = attention_mask if attention_mask is None else attention_mask.repeat_interleave(copies, 0)
 
@@ -135,7 +136,9 @@ def diffusion_generate(
         return sequences
     history = None
     if published["output_history"]:
-        mask_id = published["mask_token_id"] or patched_family(model).geometry(unwrapped(model)).mask_id
+        mask_id = published["mask_token_id"]
+        if mask_id is None:
+            mask_id = patched_family(model).geometry(unwrapped(model)).mask_id
         history = tuple(frame.lay_out(rows) for rows in _history(output, gen_length, mask_id))
     return DreamModelOutput(sequences=sequences, history=history, details=output)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
 from fastdllm_ext.diffusion_generate import diffusion_generate
 from fastdllm_ext.generate import generate
 from fastdllm_ext.patching import registry
 
-METHODS = {"generate": generate, "diffusion_generate": diffusion_generate}
+METHODS: dict[str, Callable[..., Any]] = {"generate": generate, "diffusion_generate": diffusion_generate}
 
 
 def patch(model: nn.Module) -> nn.Module:
