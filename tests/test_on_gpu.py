@@ -24,13 +24,19 @@ from fastdllm_ext.ops import Row
 from test_paged_attention import Case
 from test_rope_write_kv import make
 from test_unmask import MASK, Batch
-from tiny import random_prompt, tiny_llada
+from tiny import random_prompt, tiny_dream, tiny_llada
 
 cuda = pytest.mark.cuda
 needs_emulator = pytest.mark.skipif(emulator is None, reason="built without FASTDLLM_SIMT")
 
 CACHES = ("none", "prefix", "dual")
-RULES: tuple[dict[str, Any], ...] = ({"threshold": 0.2}, {"steps": 24}, {"factor": 1.0})
+RULES: tuple[dict[str, Any], ...] = (
+    {"threshold": 0.2},
+    {"steps": 24},
+    {"factor": 1.0},
+    {"steps": 24, "schedule": "linear", "remasking": "entropy", "alg_temp": 0.4},
+)
+OTHERS: tuple[dict[str, Any], ...] = ({}, {"cfg_scale": 0.5}, {"refresh": 2, "window": (3, 5), "suffix": 9})
 
 
 # --- Generations, token for token ------------------------------------------------------------------
@@ -55,12 +61,14 @@ elsewhere = pytest.mark.parametrize("where", ["portable", pytest.param("cuda", m
 
 @elsewhere
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: next(iter(rule)))
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: list(rule)[-1])
 @pytest.mark.parametrize("cache", CACHES)
-def test_tiny_model(where: str, cache: str, rule: dict[str, Any], temperature: float) -> None:
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_tiny_model(where: str, family: str, cache: str, rule: dict[str, Any], temperature: float) -> None:
     """Unequal rows of a model with random weights and grouped heads."""
     rng = random.Random(CACHES.index(cache))
     prompts = [random_prompt(rng) for _ in range(4)]
+    other = OTHERS[RULES.index(rule) % len(OTHERS)]
     settings = {
         "gen_length": [40, 17, 64, 1],
         "block_length": 16,
@@ -68,10 +76,12 @@ def test_tiny_model(where: str, cache: str, rule: dict[str, Any], temperature: f
         "temperature": temperature,
         "seed": 7,
         **rule,
+        **({name: other[name] for name in other if name == "cfg_scale"} if cache == "none" else other),
     }
 
     def build(device: str) -> Any:
-        return tiny_llada(3, n_kv_heads=2).to(device)
+        model = tiny_dream(3) if family == "dream" else tiny_llada(3, n_kv_heads=2)
+        return model.to(device)
 
     truth = generate_on(_C.cpu_isas()[-1], build, prompts, **settings)
     assert_same_generation(generate_on(where, build, prompts, **settings), truth)
