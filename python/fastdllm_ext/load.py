@@ -84,6 +84,7 @@ def load(
             raise ValueError(
                 f"{where}: {kind.replace('_', ' ')} in its weights: {sorted(map(str, info[kind]))[:5]}"
             )
+    model.tie_weights()  # transformers 5.0 leaves a head apart that is tied and in the checkpoint as well
     if device_map is None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
