@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -104,6 +104,7 @@ def generate(
     """
     if not isinstance(return_dict_in_generate, bool):
         raise TypeError(f"return_dict_in_generate={return_dict_in_generate!r}; takes True or False")
+    arguments.pop("token_type_ids", None)  # from **tokenizer(...): tokenizers make it, no model here reads it
     output = run(
         Decoder,
         model,
@@ -182,15 +183,22 @@ def defaults_of(model: nn.Module) -> GenerationConfig:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it, the model is in evaluation mode; after it, every module as it was."""
+    """Within it, the model is in evaluation mode and computes in its own dtype; after it, all is as it was.
+
+    Autocast would hand the operations queries of another dtype than the pages that hold the keys.
+    """
     training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         for module in training:
-            module.training = True
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _output(decoder: Decoder) -> GenerationOutput:
