@@ -12,16 +12,24 @@ from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.decoding import GenerationConfig, Streamer
 from fastdllm_ext.forward import device_of
 from fastdllm_ext.patching.family import Family, Geometry, Parts
+from fastdllm_ext.patching.registry import patched_family
 
 
 def check_model(model: nn.Module) -> None:
-    """One device and one dtype, unless accelerate or a quantisation arranges that."""
+    """One device and one dtype, unless accelerate or a quantisation arranges that.
+
+    A module that stands in the place of a linear one, with linear ones inside (adapters), may hold any dtype.
+    """
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return  # accelerate places the weights, and moves what goes in
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         raise ValueError(f"model: parameters on mixed devices {sorted(map(str, devices))}; takes one")
-    floating = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    parts = patched_family(model).parts(model)
+    modules = [parts.embedding, parts.norm, *([parts.head] if isinstance(parts.head, nn.Module) else [])]
+    modules += [module for layer in parts.layers for module in vars(layer).values()]
+    own = [p for module in modules for p in module.parameters(recurse=False)]
+    floating = {p.dtype for p in own if p.is_floating_point()}
     if len(floating) > 1 and getattr(model.config, "quantization_config", None) is None:
         raise ValueError(f"model: parameters of mixed dtypes {sorted(map(str, floating))}; takes one")
 
