@@ -221,8 +221,14 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
-        """From a mapping such as :meth:`to_dict` returns. TypeError where it has an unknown key."""
-        return cls.build(None, dict(values))
+        """From a mapping such as :meth:`to_dict` returns. TypeError that names its unknown keys."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - names)
+        if unknown:
+            raise TypeError(
+                f"GenerationConfig: unknown {', '.join(map(repr, unknown))}; takes {', '.join(sorted(names))}"
+            )
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON can hold them."""
