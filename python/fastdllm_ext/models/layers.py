@@ -75,7 +75,8 @@ def read_generation_config(path_or_id: str | os.PathLike[str]) -> GenerationConf
         return None
     with open(file, encoding="utf-8") as text:
         settings: dict[str, Any] = json.load(text)
-    config = GenerationConfig()
+    # Before 5.0 these have defaults, which a file that leaves them out does not mean.
+    config = GenerationConfig(temperature=None, top_p=None, top_k=None)
     for key, value in settings.items():
         if not key.startswith("_"):
             setattr(config, key, value)

@@ -200,6 +200,11 @@ class LLaDAModel(nn.Module):
             x, _ = block(x, attention_bias)
         x = self.transformer["ln_f"](x)
         tied = self.config.weight_tying
+        if tied and self.transformer["wte"].weight.device != x.device:
+            raise ValueError(
+                f"LLaDAModelLM: its tied embedding is on {self.transformer['wte'].weight.device} "
+                f"and serves as the head on {x.device}; takes it there"
+            )
         logits = F.linear(x, self.transformer["wte"].weight) if tied else self.transformer["ff_out"](x)
         return logits, (*states, x) if output_hidden_states else None
 
@@ -220,9 +225,10 @@ class LLaDAModelLM(DiffusionModel):
         """The token embedding."""
         return self.model.transformer["wte"]
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replaces the token embedding."""
         self.model.transformer["wte"] = value
+        self.config.embedding_size = value.weight.shape[0]  # which may have been resized
 
     def get_output_embeddings(self) -> nn.Module:
         """The head; the token embedding where the two are tied."""

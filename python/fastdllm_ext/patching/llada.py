@@ -66,6 +66,9 @@ class LLaDA(Family):
     def parts(self, model: Any) -> Parts:
         """Embedding, blocks, final norm, and the head, which may be the embedding."""
         t = model.model.transformer
+        if model.config.weight_tying and t.wte.weight.is_meta and hasattr(t.wte, "_hf_hook"):
+            # Offloaded: the weight is there while the embedding runs, not while it serves as the head.
+            raise ValueError("model: a tied embedding (weight_tying) is offloaded; takes one on a device")
 
         def tied_head(hidden: Tensor) -> Tensor:
             return F.linear(hidden, t.wte.weight)
