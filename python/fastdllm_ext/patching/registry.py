@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -79,8 +79,18 @@ def patch(model: nn.Module, methods: Mapping[str, Callable[..., Any]]) -> nn.Mod
     family.parts(inner)
     name = family.generate_name
     inner.__dict__[_MARK] = Patch(family, inner.__dict__.get(name))
-    inner.__dict__[name] = MethodType(methods[name], inner)
+    inner.__dict__[name] = _bound(methods[name], inner)
     return model
+
+
+def _bound(function: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
+    """A function as a model's method that can be pickled with the model.
+
+    Of a real method pickle keeps the name, and looks it up in a model that does not yet have it.
+    """
+    method: Any = partial(function, model)
+    method.__self__, method.__doc__ = model, function.__doc__
+    return method
 
 
 def unpatch(model: nn.Module) -> nn.Module:
