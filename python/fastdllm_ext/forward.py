@@ -88,7 +88,12 @@ def hidden_states(parts: Parts, input_ids: Tensor, attend: Attention) -> Tensor:
         n = layer.attn_norm(x)
         x = x + layer.o(attend(i, layer.q(n)[0], layer.k(n)[0], layer.v(n)[0])[None])
         n = layer.mlp_norm(x)
-        x = x + layer.down(F.silu(layer.gate(n)) * layer.up(n))
+        # A refresh needs the most memory here: two tensors of this width at a time. What is written in place
+        # is no module's output, which a hook may hold.
+        inner = F.silu(layer.gate(n))
+        inner *= layer.up(n)
+        x = x + layer.down(inner)
+        del inner  # or it would be a third, in the next layer
     return parts.norm(x)[0]
 
 
