@@ -14,6 +14,7 @@ from fastdllm_ext.decoding import Commit, GenerationConfig, GenerationOutput, Ti
 from fastdllm_ext.env import collect_env
 from fastdllm_ext.generate import generate
 from fastdllm_ext.load import demo_model_path, load
+from fastdllm_ext.memory import memory_needed
 from fastdllm_ext.methods import patch
 from fastdllm_ext.patching.registry import supported_models, unpatch
 
@@ -30,6 +31,7 @@ __all__ = [
     "demo_model_path",
     "generate",
     "load",
+    "memory_needed",
     "ops",
     "patch",
     "supported_models",

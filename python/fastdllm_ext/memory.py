@@ -1,0 +1,77 @@
+"""What a generation allocates, by formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from fastdllm_ext.cache import PagedKVCache
+from fastdllm_ext.decoding import GenerationConfig
+from fastdllm_ext.ops import Knob, Row
+from fastdllm_ext.patching.registry import patched_family, unwrapped
+
+__all__ = ["memory_needed"]
+
+# Bytes of what is small beside the widths of a model, but not of a tiny one.
+_POSITION = 8 + 1 + 4 + 4 + 8  # token, whether it was given, step, confidence; the row before decoding
+_QUERY = 4 * 8  # its token, place, position and slot
+_CANDIDATE = 3 * 8 + 1 + 3 * 8 + 3 * 4  # places, and of those that are masks; what `unmask` knows of a row
+_ROW = len(Row) * 8 + len(Knob) * 4 + 16  # state, settings, offsets
+
+
+def memory_needed(
+    model: nn.Module, lengths: Sequence[int], config: GenerationConfig | None = None
+) -> dict[str, int]:
+    """How many bytes :func:`generate` allocates at its peak, the weights apart: docs/memory.md.
+
+    Args:
+        model: a patched model, on any device ("meta" too); its linear layers have ``out_features``.
+        lengths: positions of each row, prompt and answer together.
+        config: of which ``gen_length``, ``block_length``, ``cfg_scale`` and ``infill`` count.
+
+    Returns:
+        ``pages``: keys and values. A ``kv_cache`` that is given to ``generate`` takes their place.
+        ``activations``: of the largest forward, that in which every row is computed from end to end.
+        ``logits``: of all masks of one block of each row, with what is left of that forward.
+        ``state``: tokens and what is known of them, and the table of rotary angles, which is kept.
+        ``total``: pages, state, and the larger of activations and logits: they do not exist together.
+    """
+    family, model = patched_family(model), unwrapped(model)
+    config = GenerationConfig() if config is None else config
+    geometry, parts = family.geometry(model), family.parts(model)
+    twins = 2 if config.cfg_scale else 1
+    answers: Any = lengths if config.infill else config.gen_length
+    answers = [answers] * len(lengths) if isinstance(answers, int) else answers
+    queries = twins * sum(lengths)
+    masks = sum(
+        min(config.block_length, count, length) for count, length in zip(answers, lengths, strict=True)
+    )
+    pages = PagedKVCache.pages_for(list(lengths) * twins)
+
+    layer: Any = parts.layers[0]
+    weight = next(parts.norm.parameters())
+    hidden, size = weight.numel(), weight.element_size()
+    inner, q, kv = layer.gate.out_features, layer.q.out_features, layer.k.out_features
+    widest = max(
+        (2 * hidden + 2 * inner) * size,  # x, its norm, silu(gate), up
+        (2 * hidden + 3 * q + 2 * kv) * size,  # x, its norm, q, k, v, q rotated, the attention's output
+        2 * hidden * (size + 4)
+        + 8,  # x, the norm before; within a norm two in float32, and their mean squares
+    )
+    table = 1 << max(max(lengths) - 1, 1023).bit_length()  # positions; see forward.Attention
+
+    page = 2 * geometry.num_layers * geometry.num_kv_heads * 32 * geometry.head_dim * size
+    logits = masks * (twins * (hidden + geometry.vocab_size) * size + _CANDIDATE)
+    found = {
+        "pages": pages * page,
+        "activations": queries * (widest + _QUERY),
+        "logits": logits + queries * (hidden * size + _QUERY),
+        "state": len(lengths) * (max(lengths) * _POSITION + _ROW)
+        + pages * 4
+        + masks * _CANDIDATE
+        + table * geometry.head_dim * 4,
+    }
+    found["total"] = found["pages"] + found["state"] + max(found["activations"], found["logits"])
+    return found
