@@ -249,6 +249,15 @@ def test_model_generate_and_config_objects() -> None:
     assert torch.equal(
         b.sequences, fd.generate(model, prompt, gen_length=24, block_length=8, steps=6).sequences
     )
+    timed = fd.GenerationConfig(gen_length=24, steps=20, schedule="linear")
+    c = fd.generate(model, prompt, config=timed, steps=6)
+    assert torch.equal(
+        c.sequences, fd.generate(model, prompt, gen_length=24, steps=6, schedule="linear").sequences
+    )
+    assert torch.equal(
+        fd.generate(model, prompt, config=timed, threshold=0.3).sequences,
+        fd.generate(model, prompt, max_new_tokens=24, threshold=0.3).sequences,
+    )
     default = fd.generate(model, prompt)
     assert torch.equal(default.sequences, fd.generate(model, prompt, threshold=0.9, gen_length=128).sequences)
 
@@ -344,12 +353,48 @@ ROW = torch.tensor([[4, 5, 6]])
         (ValueError, r"steps=4, threshold=0.9: takes only one", {"steps": 4, "threshold": 0.9}),
         (ValueError, r"threshold=0.9, factor=1.0: takes only one", {"factor": 1.0, "threshold": 0.9}),
         (ValueError, r"cache='both'; takes one of none, prefix, dual", {"cache": "both"}),
-        (ValueError, r"remasking='low'; takes one of low_confidence, random", {"remasking": "low"}),
+        (ValueError, r"remasking='low'; takes one of low_confidence, random, margin, entropy",
+         {"remasking": "low"}),
         (TypeError, r"stop_on_eos=1", {"stop_on_eos": 1}),
         (ValueError, r"seed=-1; takes 0 to", {"seed": -1}),
         (TypeError, r"seed=1.5", {"seed": 1.5}),
         (ValueError, r"seed holds 3 numbers for 1 rows", {"seed": [1, 2, 3]}),
         (ValueError, r"top_p=0.9, top_k=None: llada takes neither", {"top_p": 0.9}),
+        (ValueError, r"max_new_tokens=5, gen_length=4: are two names",
+         {"max_new_tokens": 5, "gen_length": 4}),
+        (ValueError, r"schedule='cosine'; takes one of even, linear, independent", {"schedule": "cosine"}),
+        (ValueError, r"schedule='linear': is a matter of steps; takes steps=", {"schedule": "linear"}),
+        (ValueError, r"alg_temp=0.5: is a matter of steps", {"alg_temp": 0.5, "threshold": 0.9}),
+        (ValueError, r"schedule='independent' takes remasking='random' and alg_temp=0, got 'low_confidence'",
+         {"schedule": "independent", "steps": 4}),
+        (ValueError, r"eps=1; takes a number above 0 and below 1", {"eps": 1}),
+        (ValueError, r"threshold=0.5; takes a number of at most 0",
+         {"remasking": "entropy", "threshold": 0.5}),
+        (ValueError, r"remasking='entropy': takes a threshold \(of at most 0\) or steps",
+         {"remasking": "entropy"}),
+        (ValueError, r"remasking='margin': factor bounds probabilities",
+         {"remasking": "margin", "factor": 1.0}),
+        (ValueError, r"alg_temp=-1; takes a number from 1e-6", {"alg_temp": -1, "steps": 4}),
+        (ValueError, r"cfg_scale=-0.5; takes a number of 0 or more", {"cfg_scale": -0.5}),
+        (ValueError, r"refresh='always'; takes 'block', or a number of blocks", {"refresh": "always"}),
+        (ValueError, r"refresh=0; takes 1 or more", {"refresh": 0}),
+        (TypeError, r"window=3; takes two ints, \(before, after\)", {"window": 3}),
+        (ValueError, r"window=-1; takes 0 or more", {"window": (0, -1)}),
+        (ValueError, r"suffix=-1; takes 0 or more", {"suffix": -1}),
+        (ValueError, r"suffix=3: an infill attends to everything", {"suffix": 3, "infill": True}),
+        (ValueError, r"cache='none' computes the whole row at every step: refresh=2",
+         {"cache": "none", "refresh": 2}),
+        (ValueError, r"refresh='block' and window=\(1, 0\) take cache='prefix' or 'dual'",
+         {"cache": "none", "window": (1, 0)}),
+        (TypeError, r"infill=1; takes True or False", {"infill": 1}),
+        (ValueError, rf"input_ids\[0\] holds no mask token {MASK}; infill takes one or more",
+         {"infill": True}),
+        (ValueError, r"input_ids\[0\] of 257 tokens exceeds the model's 256 positions",
+         {"infill": True, "input_ids": torch.full((1, 257), MASK)}),
+        (ValueError, r"top_k=0; takes 1 or more", {"top_k": 0}),
+        (ValueError, r"eos_token_id=-1; takes 0 or more", {"eos_token_id": [4, -1]}),
+        (TypeError, r"mask_token_id='x'; takes an int", {"mask_token_id": "x"}),
+        (TypeError, r"return_dict_in_generate=1; takes True or False", {"return_dict_in_generate": 1}),
         (TypeError, r"unknown argument 'treshold'; takes alg_temp, block_length, cache", {"treshold": 0.9}),
         (TypeError, r"config=dict; takes a fastdllm_ext.GenerationConfig", {"config": {}}),
         (ValueError, r"gen_length=254: .* exceeds the model's 256 positions", {"gen_length": 254}),
@@ -398,6 +443,26 @@ def test_a_family_may_need_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LLaDA, "needs_prompt", True)
     with pytest.raises(ValueError, match=r"input_ids\[1\] is empty; llada takes a prompt"):
         fd.generate(tiny_llada(), [ROW[0], ROW[0, :0]])
+
+
+def test_dream_needs_a_token_before_the_first_mask() -> None:
+    model = tiny_dream()
+    with pytest.raises(ValueError, match=r"input_ids\[0\] is empty; dream takes a prompt of 1 token or more"):
+        fd.generate(model, [ROW[0, :0]])
+    with pytest.raises(ValueError, match=r"input_ids\[0\] begins with a mask; dream takes a token before it"):
+        fd.generate(model, [torch.tensor([MASK, 4, MASK])], infill=True)
+
+
+def test_infill_keeps_what_is_given() -> None:
+    model = tiny_llada()
+    row = torch.tensor([MASK, 4, MASK, MASK, EOS, 5, MASK, 6])
+    output = fd.generate(model, [row], infill=True, block_length=3)
+    given = row != MASK
+    assert torch.equal(output.sequences[0][given], row[given])
+    assert not (output.sequences == MASK).any()
+    assert (output.prompt_lengths.item(), output.lengths.item()) == (0, 8)
+    assert ((output.step_map[0] < 0) == given).all()
+    assert (output.confidence[0] > 0).tolist() == (~given).tolist()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

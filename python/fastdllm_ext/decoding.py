@@ -190,11 +190,19 @@ class GenerationConfig:
     def build(cls, config: GenerationConfig | None, arguments: dict[str, Any]) -> GenerationConfig:
         """``config`` (or the defaults) with keyword arguments over it.
 
-        A rule among the arguments takes the place of the config's, and of what belongs to ``steps``.
+        A rule among the arguments takes the place of the config's, another one than ``steps`` also of what
+        belongs to that. ``max_new_tokens`` is HuggingFace's name of ``gen_length``.
 
         Raises:
             TypeError: an argument that does not exist.
         """
+        if "max_new_tokens" in arguments:
+            if "gen_length" in arguments:
+                raise ValueError(
+                    f"max_new_tokens={arguments['max_new_tokens']}, gen_length={arguments['gen_length']}: "
+                    "are two names of one thing; takes one of them"
+                )
+            arguments = {k if k != "max_new_tokens" else "gen_length": v for k, v in arguments.items()}
         names = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(arguments) - names)
         if unknown:
@@ -204,8 +212,8 @@ class GenerationConfig:
         if not isinstance(config, GenerationConfig):
             raise TypeError(f"config={type(config).__name__}; takes a fastdllm_ext.GenerationConfig")
         if any(arguments.get(rule) is not None for rule in RULES):
-            off: dict[str, Any] = {"steps": None, "threshold": None, "factor": None}
-            config = dataclasses.replace(config, **off, schedule="even", alg_temp=0.0)
+            of_steps = {"schedule": "even", "alg_temp": 0.0} if arguments.get("steps") is None else {}
+            arguments = dict.fromkeys(RULES) | of_steps | arguments
         return dataclasses.replace(config, **arguments)
 
     @classmethod
