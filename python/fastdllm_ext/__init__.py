@@ -13,6 +13,7 @@ from fastdllm_ext.cache import OutOfPages, PagedKVCache
 from fastdllm_ext.decoding import Commit, GenerationConfig, GenerationOutput, Timings
 from fastdllm_ext.env import collect_env
 from fastdllm_ext.generate import generate
+from fastdllm_ext.likelihood import loglikelihood
 from fastdllm_ext.load import demo_model_path, load
 from fastdllm_ext.memory import memory_needed
 from fastdllm_ext.methods import patch
@@ -31,6 +32,7 @@ __all__ = [
     "demo_model_path",
     "generate",
     "load",
+    "loglikelihood",
     "memory_needed",
     "ops",
     "patch",

@@ -6,7 +6,9 @@ one ends and the next begins.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,6 +36,19 @@ class Layout:
         """The same on another device."""
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "max_seqlen_q"}
         return replace(self, **moved)
+
+
+def whole_rows(cache: PagedKVCache, sequences: Sequence[int], lengths: Sequence[int]) -> Layout:
+    """The layout of a forward over all of new sequences: every position is computed and attended to."""
+    layout = Layout(
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        slots=torch.cat([cache.slots(s, 0, length) for s, length in zip(sequences, lengths, strict=True)]),
+        block_table=cache.block_table(sequences),
+        kv_lens=torch.tensor(lengths, dtype=torch.int32),
+        cu_seqlens_q=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        max_seqlen_q=max(lengths),
+    )
+    return layout.to(cache.devices[0])
 
 
 class Attention:
