@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch>=2.11,<2.14
 # Published modeling files are written for older versions of transformers than the newest, which `make test` takes.
 TRANSFORMERS ?= 4.49.0
+TORCHAO ?= 0.18.0
 BUILD_TOOLS := scikit-build-core>=0.10 pybind11>=2.13 ninja cmake
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc third_party tests/simt -type f -not -name '*.pyc')
@@ -14,7 +15,7 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 PYTHON_ON = PYTHONPATH=$(1):$(SITE) $(abspath $(BIN))/python -S
 OTHER_TRANSFORMERS := $(VENV)/transformers-$(TRANSFORMERS)
-TRANSFORMERS_TESTS := $(wildcard $(addprefix tests/test_,compat.py patching.py load.py models.py remote_code.py))
+TRANSFORMERS_TESTS := $(addprefix tests/test_,compat.py patching.py load.py models.py idioms.py)
 
 .PHONY: help install demo test test-transformers lint format wheel asan mutants bench bench-cpp clean
 help:
@@ -48,9 +49,15 @@ install: $(VENV)/.installed
 demo: install
 	$(BIN)/fastdllm-ext demo --out demo-out
 
-test: install
-	$(BIN)/python -m pytest
+test: install $(VENV)/torchao/.installed
+	PYTHONPATH=$(abspath $(VENV)/torchao) $(BIN)/python -m pytest
 	$(MAKE) test-transformers
+
+# For the tests of quantised models alone: transformers loads torchao where it sees it, which is not quiet.
+$(VENV)/torchao/.installed: | $(BIN)/python
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) torchao==$(TORCHAO)
+	@touch $@
 
 # Beside the environment's own transformers, with all that it depends on, and found before them.
 $(OTHER_TRANSFORMERS)/.installed: | $(BIN)/python
@@ -58,8 +65,9 @@ $(OTHER_TRANSFORMERS)/.installed: | $(BIN)/python
 	$(BIN)/python -m pip install -q --target $(@D) transformers==$(TRANSFORMERS)
 	@touch $@
 
-test-transformers: install $(OTHER_TRANSFORMERS)/.installed
-	FASTDLLM_EXPECT_TRANSFORMERS=$(TRANSFORMERS) PYTHONPATH=$(abspath $(OTHER_TRANSFORMERS)) \
+test-transformers: install $(OTHER_TRANSFORMERS)/.installed $(VENV)/torchao/.installed
+	FASTDLLM_EXPECT_TRANSFORMERS=$(TRANSFORMERS) \
+	  PYTHONPATH=$(abspath $(OTHER_TRANSFORMERS)):$(abspath $(VENV)/torchao) \
 	  $(BIN)/python -m pytest $(TRANSFORMERS_TESTS)
 
 lint: install

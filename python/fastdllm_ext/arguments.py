@@ -39,42 +39,41 @@ def read_prompts(
     attention_mask: Tensor | None,
     geometry: Geometry,
     device: torch.device,
+    name: str = "input_ids",
 ) -> list[Tensor]:
     """The rows' prompts without padding: 1-D int64 on the model's device, in the vocabulary."""
     if isinstance(input_ids, Tensor):
         if input_ids.dim() != 2:
             raise ValueError(
-                f"input_ids has shape {list(input_ids.shape)}; takes [B, P] or a list of 1-D tensors"
+                f"{name} has shape {list(input_ids.shape)}; takes [B, P] or a list of 1-D tensors"
             )
         prompts = list(input_ids)
     elif isinstance(input_ids, (list, tuple)):
         if attention_mask is not None:
             raise ValueError(
-                "attention_mask: takes input_ids of shape [B, P]; a list of prompts has no padding"
+                f"attention_mask: takes {name} of shape [B, P]; a list of prompts has no padding"
             )
         prompts = list(input_ids)
     else:
-        raise TypeError(
-            f"input_ids={type(input_ids).__name__}; takes a [B, P] tensor or a list of 1-D tensors"
-        )
+        raise TypeError(f"{name}={type(input_ids).__name__}; takes a [B, P] tensor or a list of 1-D tensors")
     if not prompts:
-        raise ValueError("input_ids holds no row; takes one or more")
+        raise ValueError(f"{name} holds no row; takes one or more")
     for b, prompt in enumerate(prompts):
         if not isinstance(prompt, Tensor):
-            raise TypeError(f"input_ids[{b}]={type(prompt).__name__}; takes a 1-D int64 tensor")
+            raise TypeError(f"{name}[{b}]={type(prompt).__name__}; takes a 1-D int64 tensor")
         if prompt.dim() != 1:
-            raise ValueError(f"input_ids[{b}] has shape {list(prompt.shape)}; takes 1-D")
+            raise ValueError(f"{name}[{b}] has shape {list(prompt.shape)}; takes 1-D")
         if prompt.dtype != torch.int64:
-            raise TypeError(f"input_ids[{b}] has dtype {prompt.dtype}; takes torch.int64")
+            raise TypeError(f"{name}[{b}] has dtype {prompt.dtype}; takes torch.int64")
         if prompt.device != device:
-            raise ValueError(f"input_ids is on {prompt.device}; takes the model's device, {device}")
+            raise ValueError(f"{name} is on {prompt.device}; takes the model's device, {device}")
     if attention_mask is not None:
         prompts = _without_padding(prompts, attention_mask, input_ids.shape)  # type: ignore[union-attr]
     for b, prompt in enumerate(prompts):
         low, high = (int(prompt.min()), int(prompt.max())) if len(prompt) else (0, 0)
         if low < 0 or high >= geometry.vocab_size:
             wrong = low if low < 0 else high
-            raise ValueError(f"input_ids[{b}] holds token {wrong}; takes 0 to {geometry.vocab_size - 1}")
+            raise ValueError(f"{name}[{b}] holds token {wrong}; takes 0 to {geometry.vocab_size - 1}")
     return prompts
 
 

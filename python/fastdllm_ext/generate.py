@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -30,7 +29,7 @@ from fastdllm_ext.decoding import (
     Streamer,
     takes_config_fields,
 )
-from fastdllm_ext.forward import device_of
+from fastdllm_ext.forward import device_of, evaluating
 from fastdllm_ext.patching.registry import patched_family, unwrapped
 
 __all__ = ["generate"]
@@ -145,7 +144,7 @@ def run(
 
     decoder = decoder_class(model, geometry, config, kv_cache, rows, row_seeds(config, len(rows)))
     try:
-        with _evaluating(model):
+        with evaluating(model):
             report = _Reporter(streamer, decoder) if streamer is not None else None
             while any(not row.done for row in decoder.rows):
                 active = decoder.turn()
@@ -179,26 +178,6 @@ def defaults_of(model: nn.Module) -> GenerationConfig:
         if family.samples_first:
             values |= {"top_p": theirs.top_p, "top_k": theirs.top_k or None}
     return GenerationConfig(**values)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it, the model is in evaluation mode and computes in its own dtype; after it, all is as it was.
-
-    Autocast would hand the operations queries of another dtype than the pages that hold the keys.
-    """
-    training = [module for module in model.modules() if module.training]
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
 
 def _output(decoder: Decoder) -> GenerationOutput:

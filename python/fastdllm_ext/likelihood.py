@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from fastdllm_ext.arguments import check_model, read_prompts, row_seeds
 from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.decoding import GenerationConfig, check_count
-from fastdllm_ext.forward import Attention, device_of, hidden_states, whole_rows
-from fastdllm_ext.generate import _evaluating
+from fastdllm_ext.forward import Attention, device_of, evaluating, hidden_states, whole_rows
 from fastdllm_ext.patching.family import Family, Geometry, Parts
 from fastdllm_ext.patching.registry import patched_family, unwrapped
 
@@ -80,7 +79,7 @@ def loglikelihood(
     )
     totals = torch.zeros(len(pairs), dtype=torch.float64, device=device)
     rows = _rows(pairs, seeds, samples, batch_size)
-    with _evaluating(model):
+    with evaluating(model):
         while batch := list(itertools.islice(rows, batch_size)):
             _add_up(totals, batch, pairs, family, geometry, parts, attention, cfg_scale)
     wrong = (~totals.isfinite()).nonzero()[:, 0].tolist()
@@ -212,7 +211,7 @@ def _read_pairs(
 ) -> list[_Pair]:
     """Prompts and answers, checked."""
     rows = {"prompts": prompts, "answers": answers}
-    read = {name: _read(name, value, geometry, device) for name, value in rows.items()}
+    read = {name: read_prompts(value, None, geometry, device, name) for name, value in rows.items()}
     counts = [len(found) for found in read.values()]
     if counts[0] != counts[1]:
         raise ValueError(f"answers holds {counts[1]} rows for {counts[0]} prompts; takes one for each")
@@ -231,12 +230,3 @@ def _read_pairs(
                 f"model's {geometry.max_positions} positions"
             )
     return pairs
-
-
-def _read(
-    name: str, value: Tensor | Sequence[Tensor], geometry: Geometry, device: torch.device
-) -> list[Tensor]:
-    try:
-        return read_prompts(value, None, geometry, device)
-    except (TypeError, ValueError) as error:  # which speaks of generate's argument
-        raise type(error)(str(error).replace("input_ids", name)) from None
