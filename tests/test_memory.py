@@ -7,9 +7,11 @@ torch's workspace for matrix products in bfloat16, which is not in the formula.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
 import re
+import resource
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -135,7 +137,7 @@ def test_logits_are_those_of_the_masks_in_the_blocks_in_progress(
     family: str, settings: dict[str, Any], cache: str
 ) -> None:
     """Of exactly those, in every turn; never of a whole row; one tensor at a time, two with guidance."""
-    model, prompts, lengths = model_of(family), prompts_of(1100, 300, 650), [33, 40, 16]
+    model, prompts, lengths = model_of(family), prompts_of(1000, 100, 350), [33, 40, 16]
     with Watch() as watch:
         output = fd.generate(
             model, prompts, gen_length=lengths, block_length=16, steps=9, cache=cache, stop_on_eos=False,
@@ -147,12 +149,12 @@ def test_logits_are_those_of_the_masks_in_the_blocks_in_progress(
     assert watch.logits == [count for count in wanted for _ in range(twins)]
     assert max(watch.logits) <= 3 * 16
     assert watch.most_logits == twins
-    assert watch.largest < 1133 * VOCAB * 4, "nothing as large as the logits of a row"
+    assert watch.largest < 1033 * VOCAB * 4, "nothing as large as the logits of a row"
 
 
 # --- The peak --------------------------------------------------------------------------------------
 
-LONG = {"prompts": (1500, 700, 1100), "gen_length": [64, 40, 128], "block_length": 16, "steps": 12}
+LONG = {"prompts": (1500, 700, 1100), "gen_length": [32, 20, 48], "block_length": 16, "steps": 3}
 SHORT = {"prompts": (10, 30), "gen_length": 128, "block_length": 128, "steps": 4}  # the logits need the most
 
 
@@ -268,23 +270,23 @@ def how_it_ends(model: Any, prompts: list[Tensor], **settings: Any) -> type[Exce
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_stays(family: str, cache: str, end: str, error: type[Exception] | None) -> None:
     """However a generation ends, it leaves no tensor, no allocation and no page behind, and no cycle."""
-    model, prompts = model_of(family), prompts_of(60, 20, 90)
-    own = fd.PagedKVCache(2, 4 if family == "llada" else 2, 16, num_pages=9 if end == "pages" else 40)
-    settings: dict[str, Any] = {"gen_length": 50, "steps": 10, "cache": cache, "stop_on_eos": False}
+    model, prompts = model_of(family), prompts_of(30, 60)
+    own = fd.PagedKVCache(2, 4 if family == "llada" else 2, 16, num_pages=9 if end == "pages" else 20)
+    settings: dict[str, Any] = {"gen_length": 40, "steps": 5, "cache": cache, "stop_on_eos": False}
     settings |= {"cfg_scale": 0.5, "streamer": Broken() if end == "streamer" else None}
     fd.generate(model, prompts, gen_length=50, steps=1)  # the table of angles is made, and kept
     if end == "nan":
         with torch.no_grad():
             model.get_output_embeddings().weight.fill_(torch.nan)
-    for kv_cache in (own,) if end == "pages" else (own, None):
-        work = partial(how_it_ends, model, prompts, kv_cache=kv_cache, **settings)
-        assert work() is error
-        with without_collector():
-            before = census()
-            _, left = allocated(work)
-            assert census() == before
-        assert left == 0
-        assert own.stats.num_used == 0
+    caches = (own,) if end == "pages" else (own, None)
+    works = [partial(how_it_ends, model, prompts, kv_cache=kv_cache, **settings) for kv_cache in caches]
+    assert [work() for work in works] == [error] * len(works)
+    with without_collector():
+        before = census()
+        left = [allocated(work)[1] for work in works]
+        assert census() == before
+    assert left == [0] * len(works)
+    assert own.stats.num_used == 0
 
 
 def mixed(rng: random.Random, family: str) -> dict[str, Any]:
@@ -295,7 +297,7 @@ def mixed(rng: random.Random, family: str) -> dict[str, Any]:
         "cfg_scale": rng.choice([0.0, 0.0, 1.0]),
         "suffix": rng.choice([None, None, 8]),
         "seed": rng.randrange(99),
-        **rng.choice([{"steps": 6}, {"threshold": 0.5}, {"steps": 8, "schedule": "linear"}]),
+        **rng.choice([{"steps": 4}, {"threshold": 0.1}, {"steps": 5, "schedule": "linear"}]),
     }
     if family == "dream" and rng.random() < 0.5:
         settings["top_p"] = 0.9
@@ -306,8 +308,8 @@ def mixed(rng: random.Random, family: str) -> dict[str, Any]:
 def test_200_generations_leave_nothing(family: str) -> None:
     """Of mixed settings; every fourth raises, and half use pages of one cache.
 
-    Resident memory may grow by a tenth of what the pages of 200 generations add up to: room for what the
-    allocator keeps for later, and none for the pages, logits or activations of every tenth generation.
+    Resident memory may grow by a tenth of what the pages of 200 generations add up to: room for the heap's
+    fragments, and none for the pages, logits or activations of every tenth generation.
     """
     rng = random.Random(family)
     model = {"llada": tiny_llada, "dream": tiny_dream}[family]()
@@ -335,5 +337,9 @@ def test_200_generations_leave_nothing(family: str) -> None:
 
 
 def resident_bytes() -> int:
-    """Of this process; 0 where the system does not say."""
-    return int(STATM.read_text().split()[1]) * 4096 if STATM.exists() else 0
+    """Of this process, but for what its heap keeps for later, which would hide a leak; 0 where unknown."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None or not STATM.exists():
+        return 0
+    trim(0)
+    return int(STATM.read_text().split()[1]) * resource.getpagesize()
