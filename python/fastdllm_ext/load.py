@@ -21,7 +21,7 @@ from transformers import (  # type: ignore[attr-defined]  # a fast class that 5.
 )
 from transformers.utils.hub import cached_file
 
-from fastdllm_ext.compat import dtype_argument
+from fastdllm_ext.compat import add_chat_template, dtype_argument, tie
 from fastdllm_ext.methods import patch
 from fastdllm_ext.models import DreamModel, LLaDAModelLM
 from fastdllm_ext.models.layers import read_generation_config
@@ -84,7 +84,7 @@ def load(
             raise ValueError(
                 f"{where}: {kind.replace('_', ' ')} in its weights: {sorted(map(str, info[kind]))[:5]}"
             )
-    model.tie_weights()  # transformers 5.0 leaves a head apart that is tied and in the checkpoint as well
+    tie(model)
     if device_map is None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,9 +109,7 @@ def _tokenizer(where: str) -> PreTrainedTokenizerBase | None:
         tokenizer = tokenizer_class.from_pretrained(where)
     else:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    template = _file(where, "chat_template.jinja")
-    if tokenizer.chat_template is None and template is not None:  # transformers 4.46 does not read it
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    add_chat_template(tokenizer, _file(where, "chat_template.jinja"))
     return tokenizer
 
 

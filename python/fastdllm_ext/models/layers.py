@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from fastdllm_ext.compat import generation_config, generation_settings
+
 __all__ = ["DiffusionModel", "RMSNorm", "attend", "read_generation_config", "rotate"]
 
 GENERATION_FILE = "generation_config.json"
-# Before 5.0 transformers has defaults for these, which a file that leaves them out does not mean.
-SAMPLING = ("temperature", "top_p", "top_k")
 
 
 class RMSNorm(nn.Module):
@@ -76,12 +76,7 @@ def read_generation_config(path_or_id: str | os.PathLike[str]) -> GenerationConf
     if file is None:
         return None
     with open(file, encoding="utf-8") as text:
-        settings: dict[str, Any] = json.load(text)
-    config = GenerationConfig(**dict.fromkeys(SAMPLING))
-    for key, value in settings.items():
-        if not key.startswith("_"):
-            setattr(config, key, value)
-    return config
+        return generation_config(json.load(text))
 
 
 class DiffusionModel(PreTrainedModel):
@@ -117,10 +112,7 @@ class DiffusionModel(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if self.generation_config is not None and is_main_process:
             # GenerationConfig.save_pretrained refuses what these models' files hold, such as temperature 0.
-            settings = json.loads(self.generation_config.to_json_string())
-            for name in SAMPLING:  # a value that is the default before 5.0 is left out there
-                if getattr(self.generation_config, name, None) is not None:
-                    settings[name] = getattr(self.generation_config, name)
+            settings = generation_settings(self.generation_config)
             with open(os.path.join(save_directory, GENERATION_FILE), "w", encoding="utf-8") as text:
                 text.write(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
