@@ -9,6 +9,8 @@ import torch
 
 import fastdllm_ext as fd
 from fastdllm_ext.demo_tasks import held_out
+from fastdllm_ext.forward import Attention
+from fastdllm_ext.patching.registry import patched_family
 from slow_reference import slow_generate
 from tiny import EOS, MASK, PAD, VOCAB, random_prompt, random_rule, random_shape, tiny_dream, tiny_llada
 
@@ -142,6 +144,52 @@ def test_a_row_is_the_same_alone_and_in_every_batch(seed: int, family: str) -> N
                 int(out.lengths[i]),
             )
             assert found.setdefault(b, row) == row
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_what_temperature_does_to_confidence(family: str, temperature: float) -> None:
+    """Nothing in LLaDA, whose confidence is that of the logits; Dream divides the logits by it first."""
+    model = {"llada": tiny_llada, "dream": tiny_dream}[family](4)
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    output = fd.generate(
+        model,
+        prompt,
+        gen_length=12,
+        steps=1,
+        cache="none",
+        temperature=temperature,
+        seed=3,
+        stop_on_eos=False,
+    )
+    row = torch.cat((prompt, torch.full((1, 12), MASK)), 1)
+    with torch.no_grad():
+        logits = model(row).logits[0, 4 - (family == "dream") :][:12]
+    p = torch.softmax(logits / (temperature if temperature and family == "dream" else 1.0), 1)
+    wanted = p.gather(1, output.sequences[0, 4:, None])[:, 0]
+    torch.testing.assert_close(output.confidence[0], wanted, rtol=1e-4, atol=1e-6)  # float32, another order
+
+
+def test_alg_temp_draws_the_order() -> None:
+    """A tiny one is the order of confidence; a large one is another order for another seed."""
+    model, prompt = tiny_dream(), torch.tensor([[5, 6, 7]])
+    settings: dict[str, Any] = {"gen_length": 24, "steps": 24, "cache": "none", "stop_on_eos": False}
+    greedy = fd.generate(model, prompt, **settings).step_map
+    assert torch.equal(fd.generate(model, prompt, alg_temp=1e-6, seed=1, **settings).step_map, greedy)
+    drawn = [fd.generate(model, prompt, alg_temp=5.0, seed=seed, **settings).step_map for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], greedy)
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_dream_rounds_cosines_and_sines_as_its_modules_do(family: str) -> None:
+    model = {"llada": tiny_llada, "dream": tiny_dream}[family](dtype=torch.bfloat16)
+    geometry = patched_family(model).geometry(model)
+    cache = fd.PagedKVCache(*(2, geometry.num_kv_heads, 8), num_pages=1, dtype=torch.bfloat16)
+    tables = Attention(geometry, cache, 40).tables[torch.device("cpu")]
+    rounded = [torch.equal(table, table.bfloat16().float()) for table in tables]
+    assert rounded == [family == "dream"] * 2
 
 
 def test_same_seed_same_sample_other_seed_another() -> None:

@@ -59,6 +59,9 @@ class Attention:
         geometry: of the model.
         cache: the pages.
         length: positions of the longest row.
+
+    Attributes:
+        tables: cosines and sines on each device.
     """
 
     def __init__(self, geometry: Geometry, cache: PagedKVCache, length: int) -> None:
@@ -66,7 +69,7 @@ class Attention:
         self.cache = cache
         rounded = cache.dtype if geometry.rounded_rope else torch.float32
         length = 1 << max(length - 1, 1023).bit_length()  # few different tables, for they are kept
-        self._tables = {
+        self.tables = {
             device: rope_table(length, geometry.head_dim, geometry.rope_theta, device, rounded)
             for device in set(cache.devices)
         }
@@ -74,12 +77,12 @@ class Attention:
 
     def attend_over(self, layout: Layout) -> None:
         """Where queries and keys of the following calls lie."""
-        self._layouts = {device: layout.to(device) for device in self._tables}
+        self._layouts = {device: layout.to(device) for device in self.tables}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, heads * head_dim], k and v [T, kv_heads * head_dim] -> [T, heads * head_dim]."""
         device = self.cache.devices[layer]
-        at, (cos, sin) = self._layouts[device], self._tables[device]
+        at, (cos, sin) = self._layouts[device], self.tables[device]
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         k_pages, v_pages = self.cache.layer(layer)
         q = ops.rope_write_kv(q, k, v, cos, sin, at.positions, at.slots, k_pages, v_pages)
