@@ -224,7 +224,10 @@ class GenerationConfig:
             OSError: no such folder or checkpoint, or it has no generation_config.json.
             TypeError, ValueError: a key that does not exist, or a value out of range.
         """
-        found: Any = cached_file(os.fspath(path_or_id), CONFIG_FILE)
+        try:
+            found: Any = cached_file(os.fspath(path_or_id), CONFIG_FILE)
+        except ValueError as error:  # of the Hub's client, where the path is no name of a repository either
+            raise OSError(f"{path_or_id}: no such folder or checkpoint") from error
         return cls.from_dict(json.loads(Path(found).read_text(encoding="utf-8")).get(CONFIG_KEY) or {})
 
     @classmethod
