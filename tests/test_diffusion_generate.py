@@ -208,7 +208,7 @@ def test_token_ids_can_be_given() -> None:
 @pytest.mark.parametrize("steps, masks", [(1, 5), (4, 4), (4, 40), (50, 10), (64, 64)])
 def test_time_steps_fill_everything(steps: int, masks: int) -> None:
     left, times, quotas = masks, TimeSteps(steps, 1e-3, None), []
-    while left:
+    while left > 0:
         quotas.append(times.quota(left, left))
         left -= quotas[-1]
     assert left == 0
@@ -246,7 +246,10 @@ def test_origin_frees_each_mask_by_chance() -> None:
         (ValueError, r"cfg_scale=1.0: takes no generation hooks",
          {"generation_logits_hook_func": lambda i, x, l: l, "cfg_scale": 1.0}),
         (ValueError, r"max_length=4: takes more than the prompt's 4 tokens", {"max_length": 4}),
-        (ValueError, r"gen_length=0; takes 1 or more", {"max_new_tokens": 0}),
+        (ValueError, r"max_new_tokens=0; takes 1 or more", {"max_new_tokens": 0}),
+        (TypeError, r"max_new_tokens=2.5; takes an int", {"max_new_tokens": 2.5}),
+        (ValueError, r"mask_token_id=64; takes 0 to 63", {"mask_token_id": 64}),
+        (ValueError, r"eos_token_id=99; takes 0 to 63", {"eos_token_id": [1, 99]}),
         (TypeError, r"unknown argument 'gen_length'; takes alg, alg_temp", {"gen_length": 4}),
         (TypeError, r"unknown argument 'treshold'", {"treshold": 0.9}),
         (ValueError, r"inputs=NoneType; takes a \[B, P\]", {"inputs": None}),
@@ -260,6 +263,17 @@ def test_bad_input(error: type[Exception], message: str, arguments: dict[str, An
     with pytest.raises(error, match=message):
         model.diffusion_generate(**({"inputs": PROMPT} | arguments))
     assert model.diffusion_generate(PROMPT, max_new_tokens=4, steps=2).shape == (2, 8)
+
+
+def test_an_error_in_the_first_hook_gives_the_pages_back() -> None:
+    model, cache = tiny_dream(), fd.PagedKVCache(2, 2, 8, num_pages=9)
+
+    def broken(step: int | None, x: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        model.diffusion_generate(PROMPT, steps=4, generation_tokens_hook_func=broken, kv_cache=cache)
+    assert cache.stats.num_used == 0
 
 
 def test_llada_has_no_such_method() -> None:

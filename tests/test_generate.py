@@ -178,6 +178,9 @@ def test_alg_temp_draws_the_order() -> None:
     assert torch.equal(fd.generate(model, prompt, alg_temp=1e-6, seed=1, **settings).step_map, greedy)
     drawn = [fd.generate(model, prompt, alg_temp=5.0, seed=seed, **settings).step_map for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1])
+    torch.manual_seed(9)
+    unseeded = [fd.generate(model, prompt, alg_temp=5.0, **settings).step_map for _ in range(2)]
+    assert not torch.equal(*unseeded), "without a seed every call draws anew"
     assert not torch.equal(drawn[0], greedy)
     assert not torch.equal(drawn[0], drawn[2])
 
@@ -458,6 +461,8 @@ ROW = torch.tensor([[4, 5, 6]])
          {"kv_cache": fd.PagedKVCache(2, 4, 8, num_pages=5, dtype=torch.bfloat16)}),
         (ValueError, r"needed 5 pages, 2 of 2 are free", {"kv_cache": fd.PagedKVCache(2, 4, 8, num_pages=2)}),
         (TypeError, r"input_ids=str", {"input_ids": "hello"}),
+        (ValueError, r"input_ids holds \['tokens'\]; takes a mapping with 'input_ids'",
+         {"input_ids": {"tokens": ROW}}),
         (ValueError, r"input_ids has shape \[3\]; takes \[B, P\]", {"input_ids": ROW[0]}),
         (ValueError, r"input_ids holds no row", {"input_ids": []}),
         (ValueError, r"input_ids\[0\] has shape \[1, 3\]; takes 1-D", {"input_ids": [ROW]}),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.decoding import GenerationConfig, Streamer
-from fastdllm_ext.forward import device_of
+from fastdllm_ext.forward import place_of_keys
 from fastdllm_ext.patching.family import Family, Geometry, Parts
 from fastdllm_ext.patching.registry import patched_family
 
@@ -123,14 +124,22 @@ def check_settings(
 
 
 def with_token_ids(geometry: Geometry, config: GenerationConfig) -> Geometry:
-    """The geometry with the token ids that the settings name."""
+    """The geometry with the token ids that the settings name. ValueError outside of the vocabulary."""
     eos = config.eos_token_id
-    ids = {
-        "mask_id": config.mask_token_id,
-        "eos_ids": None if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
-        "pad_id": config.pad_token_id,
+    tokens: dict[str, Any] = {
+        "mask_id": ("mask_token_id", config.mask_token_id),
+        "eos_ids": ("eos_token_id", (eos,) if isinstance(eos, int) else None if eos is None else tuple(eos)),
+        "pad_id": ("pad_token_id", config.pad_token_id),
     }
-    return replace(geometry, **{name: value for name, value in ids.items() if value is not None})  # type: ignore[arg-type]
+    found = {}
+    for name, (argument, value) in tokens.items():
+        if value is None:
+            continue
+        for token in value if isinstance(value, tuple) else (value,):
+            if token >= geometry.vocab_size:
+                raise ValueError(f"{argument}={token}; takes 0 to {geometry.vocab_size - 1}")
+        found[name] = value
+    return replace(geometry, **found)
 
 
 def append_masks(prompts: Sequence[Tensor], config: GenerationConfig, geometry: Geometry) -> list[Tensor]:
@@ -173,7 +182,7 @@ def _per_row(name: str, value: int | Sequence[int], rows: int) -> list[int]:
 def row_seeds(config: GenerationConfig, rows: int) -> list[tuple[int, int]]:
     """(Philox key, stream) of each row."""
     if config.seed is None:
-        sampled = config.temperature > 0 or config.remasking == "random"
+        sampled = config.temperature > 0 or config.alg_temp > 0 or config.remasking == "random"
         seed = int(torch.randint(2**62, ()).item()) if sampled else 0
         return [(seed, b) for b in range(rows)]
     if isinstance(config.seed, int):
@@ -186,8 +195,7 @@ def open_cache(
 ) -> PagedKVCache:
     """The cache that was given, if it fits the model; else one of as many pages as the rows need."""
     shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
-    devices = [device_of(layer.q) for layer in parts.layers]
-    dtype = next(parts.norm.parameters()).dtype  # the activations': norms are never quantised
+    dtype, devices = place_of_keys(parts)
     if cache is None:
         pages = PagedKVCache.pages_for(lengths)
         return PagedKVCache(*shape, num_pages=pages, dtype=dtype, device=devices)

@@ -14,6 +14,7 @@ from fastdllm_ext._C import OutOfPages, PagePool
 __all__ = ["CacheStats", "OutOfPages", "PagePool", "PagedKVCache"]
 
 PAGE_SIZES = (16, 32, 64)
+PAGE_SIZE = 32  # where nothing is said
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class PagedKVCache:
         head_dim: int,
         *,
         num_pages: int,
-        page_size: int = 32,
+        page_size: int = PAGE_SIZE,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | Sequence[torch.device | str] = "cpu",
     ) -> None:
@@ -81,7 +82,7 @@ class PagedKVCache:
         self._next = 0
 
     @staticmethod
-    def pages_for(lengths: Sequence[int], page_size: int = 32) -> int:
+    def pages_for(lengths: Sequence[int], page_size: int = PAGE_SIZE) -> int:
         """Pages that sequences of these lengths need together."""
         return sum(-(-length // page_size) for length in lengths)
 

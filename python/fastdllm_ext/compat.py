@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 _OLDEST, _NEWEST_MAJOR = (4, 46), 5  # what the tests run on, and pyproject.toml asks for
 
@@ -41,6 +43,16 @@ def tied_weights(pairs: dict[str, str]) -> Any:
 def tie(model: PreTrainedModel) -> None:
     """Ties what the configuration says is tied: 5.0 leaves apart a head that the checkpoint holds as well."""
     model.tie_weights()
+
+
+def checkpoint_file(path_or_id: str | os.PathLike[str], name: str) -> str | None:
+    """A checkpoint's file on this machine; None where it has no such file."""
+    return cached_file(
+        os.fspath(path_or_id),
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
 
 
 def add_chat_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> None:

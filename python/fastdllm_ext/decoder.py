@@ -14,7 +14,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -152,7 +152,6 @@ class Plan:
         candidates: [S] int64, positions that may be filled, as places in the flattened tokens.
         sources: [S] int64, the queries that their logits come from.
         positions: [S] int64, the same positions within their rows.
-        counts: masks among the candidates, for each row of the decoder.
         has_refresh: some row refreshes.
     """
 
@@ -161,7 +160,6 @@ class Plan:
     candidates: Tensor
     sources: Tensor
     positions: Tensor
-    counts: list[int]
     has_refresh: bool
 
 
@@ -239,12 +237,12 @@ class Decoder:
     def turn(self) -> list[DecodingRow]:
         """One forward of every row that is not done; returns the rows that took part."""
         active = [row for row in self.rows if not row.done]
-        plan = self._make_plan(active)
+        plan, counts = self._make_plan(active)
         with self.timings.phase("refresh" if plan.has_refresh else "block_steps"):
-            logits, positions = self._forward(plan)
+            logits, positions = self._forward(plan, sum(counts))
         with self.timings.phase("selection"):
-            self._set_quotas(active, plan.counts)
-            offsets = [0, *itertools.accumulate(plan.counts)]
+            self._set_quotas(active, counts)
+            offsets = [0, *itertools.accumulate(counts)]
             ops.unmask(
                 logits,
                 torch.tensor(offsets, dtype=torch.int32, device=logits.device),
@@ -260,7 +258,7 @@ class Decoder:
             )
             state = self.state.tolist()  # the turn's one wait for the device
         if any(state[row.index][Row.BAD_LOGITS] for row in active):
-            raise ValueError(self._describe_bad_logits(plan, state))
+            raise ValueError(self._describe_bad_logits(plan, sum(counts), state))
         for row in active:
             self._advance(row, state[row.index])
         return active
@@ -276,7 +274,7 @@ class Decoder:
         knobs[Knob.RANK_TEMPERATURE] = c.alg_temp
         return knobs
 
-    def _forward(self, plan: Plan) -> tuple[Tensor, Tensor]:
+    def _forward(self, plan: Plan, masks: int) -> tuple[Tensor, Tensor]:
         """Logits [masks, vocab] of the masks among the candidates, and their positions [masks]."""
         flat = self.tokens.view(-1)
         inputs = flat[plan.tokens]
@@ -286,7 +284,7 @@ class Decoder:
         self.attention.attend_over(plan.layout)
         hidden = hidden_states(self.parts, inputs, self.attention)
         masked = flat[plan.candidates] == self.geometry.mask_id
-        chosen = torch.nonzero_static(masked, size=sum(plan.counts)).squeeze(1)  # counts are known: no wait
+        chosen = torch.nonzero_static(masked, size=masks).squeeze(1)  # the count is known: no wait
         return self._logits(hidden, plan, chosen).to(self.tokens.device), plan.positions[chosen]
 
     def _logits(self, hidden: Tensor, plan: Plan, chosen: Tensor) -> Tensor:
@@ -299,7 +297,8 @@ class Decoder:
         # In place: two tensors of logits, the largest of a block step, and not four.
         return conditional.sub_(free).mul_(self.config.cfg_scale + 1).add_(free)
 
-    def _make_plan(self, active: list[DecodingRow]) -> Plan:
+    def _make_plan(self, active: list[DecodingRow]) -> tuple[Plan, list[int]]:
+        """The rows' next forward, and the masks among its candidates for each row of the decoder."""
         steps = {row.index: row.next_step(self.config, self.family.shift) for row in active}
         if self._plan is None or steps != self._steps:
             self._plan, self._steps = self._build_plan(active, steps), steps
@@ -307,7 +306,7 @@ class Decoder:
         for row in active:
             begin, end = steps[row.index].candidates
             counts[row.index] = min(row.masks_left, end - begin)
-        return replace(self._plan, counts=counts)
+        return self._plan, counts
 
     def _build_plan(self, active: list[DecodingRow], steps: dict[int, Step]) -> Plan:
         device, width = self.tokens.device, self.tokens.shape[1]
@@ -341,18 +340,19 @@ class Decoder:
         flat, fills, queries, where = (
             torch.cat(x).to(device) for x in (tokens, candidates, sources, candidate_positions)
         )
-        return Plan(flat, layout, fills, queries, where, [], any(s.is_refresh for s in steps.values()))
+        return Plan(flat, layout, fills, queries, where, any(s.is_refresh for s in steps.values()))
 
     def _set_quotas(self, active: list[DecodingRow], counts: list[int]) -> None:
         """Tells the device how many masks the next step fills, in rows whose schedule has time steps."""
-        timed = [row for row in active if row.times is not None]
-        if not timed:
+        quotas = {
+            row.index: row.times.quota(row.masks_left, counts[row.index]) for row in active if row.times
+        }
+        if not quotas:
             return
-        quotas = [row.times.quota(row.masks_left, counts[row.index]) for row in timed if row.times]
-        state = self.state[[row.index for row in timed]]
+        state = self.state[list(quotas)]
         state[:, Row.BLOCK_STEP], state[:, Row.BLOCK_STEPS] = 0, 1
-        state[:, Row.BLOCK_MASKS] = torch.tensor(quotas, device=state.device)
-        self.state[[row.index for row in timed]] = state
+        state[:, Row.BLOCK_MASKS] = torch.tensor(list(quotas.values()), device=state.device)
+        self.state[list(quotas)] = state
 
     def _advance(self, row: DecodingRow, state: list[int]) -> None:
         """Takes over what the device says of a row: block filled, row finished."""
@@ -372,21 +372,22 @@ class Decoder:
         share, rest = divmod(self.config.steps or 0, len(row.blocks))
         steps = max(1, share + (row.block < rest))
         begin, end = row.next_step(self.config, self.family.shift).candidates
-        alone = (
-            end - begin == 1 < row.masks_left
-        )  # the first step has one candidate: the others share the rest
-        values = [-alone, row.masks_left - alone, max(1, steps - alone), row.masks_left]
-        columns = slice(
-            Row.BLOCK_STEP, Row.MASKS_LEFT + 1
-        )  # BLOCK_STEP, BLOCK_MASKS, BLOCK_STEPS, MASKS_LEFT
-        self.state[row.index, columns] = torch.tensor(values, device=self.state.device)
+        # Where the first step has one candidate, the others share the rest.
+        alone = end - begin == 1 < row.masks_left
+        values = {
+            Row.BLOCK_STEP: -alone,
+            Row.BLOCK_MASKS: row.masks_left - alone,
+            Row.BLOCK_STEPS: max(1, steps - alone),
+            Row.MASKS_LEFT: row.masks_left,
+        }
+        self.state[row.index, list(values)] = torch.tensor(list(values.values()), device=self.state.device)
         if self.config.schedule != "even":
             seed, stream = self.seeds[row.index]
             chance = random.Random(f"{seed} {stream} {row.block}")
             independent = self.config.schedule == "independent"
             row.times = TimeSteps(steps, self.config.eps, chance if independent else None)
 
-    def _describe_bad_logits(self, plan: Plan, state: list[list[int]]) -> str:
+    def _describe_bad_logits(self, plan: Plan, masks: int, state: list[list[int]]) -> str:
         """Which rows, and the first module whose output went wrong: the same forward once more, watched."""
         found: list[str] = []
 
@@ -400,7 +401,7 @@ class Decoder:
 
         handles = [watch(name, module) for name, module in self.model.named_modules() if name]
         try:
-            self._forward(plan)
+            self._forward(plan, masks)
         finally:
             for handle in handles:
                 handle.remove()

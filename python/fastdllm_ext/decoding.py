@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from fastdllm_ext.ops import Rule, Score
@@ -29,8 +30,7 @@ REMASKING = {
 }
 SCHEDULES = ("even", "linear", "independent")
 DEFAULT_THRESHOLD = 0.9
-CONFIG_FILE = "generation_config.json"  # HuggingFace's; ours is one key of it
-CONFIG_KEY = "fastdllm"
+CONFIG_KEY = "fastdllm"  # of ours in HuggingFace's generation_config.json
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -225,7 +225,7 @@ class GenerationConfig:
             TypeError, ValueError: a key that does not exist, or a value out of range.
         """
         try:
-            found: Any = cached_file(os.fspath(path_or_id), CONFIG_FILE)
+            found: Any = cached_file(os.fspath(path_or_id), GENERATION_CONFIG_NAME)
         except ValueError as error:  # of the Hub's client, where the path is no name of a repository either
             raise OSError(f"{path_or_id}: no such folder or checkpoint") from error
         return cls.from_dict(json.loads(Path(found).read_text(encoding="utf-8")).get(CONFIG_KEY) or {})
@@ -255,7 +255,7 @@ class GenerationConfig:
 
         What else the file holds stays; :func:`fastdllm_ext.load` takes the settings up as defaults.
         """
-        path = Path(folder) / CONFIG_FILE
+        path = Path(folder) / GENERATION_CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         values[CONFIG_KEY] = self.to_dict()

@@ -112,6 +112,8 @@ def diffusion_generate(
             f"generation hooks: takes cache='none' and one block, got cache={config.cache!r} and "
             f"block_length={config.block_length} for {gen_length} tokens"
         )
+    if hooks != (None, None) and config.cfg_scale:
+        raise ValueError(f"cfg_scale={config.cfg_scale}: takes no generation hooks")
     copies = published["num_return_sequences"]
     check_count("num_return_sequences", copies)
     inputs = inputs.repeat_interleave(copies, 0)
@@ -172,7 +174,11 @@ class _HookedDecoder(Decoder):
         self.frame, (self.edit_tokens, self.edit_logits) = frame, hooks
         self.logits: Tensor | None = None
         super().__init__(*args)
-        self._edit(None)
+        try:
+            self._edit(None)
+        except BaseException:
+            self.close()  # nobody else has the decoder yet
+            raise
 
     def turn(self) -> list[DecodingRow]:
         active = super().turn()
@@ -181,8 +187,6 @@ class _HookedDecoder(Decoder):
 
     def _logits(self, hidden: Tensor, plan: Plan, chosen: Tensor) -> Tensor:
         """Those of every position, shown to the hook; then those that were chosen."""
-        if self.config.cfg_scale:
-            raise ValueError(f"cfg_scale={self.config.cfg_scale}: takes no generation hooks")
         row_of = plan.tokens // self.tokens.shape[1]
         rows = hidden.new_zeros(*self.tokens.shape, self.geometry.vocab_size)
         rows[row_of, plan.layout.positions] = self.parts.head(hidden).to(rows.dtype)
@@ -234,8 +238,10 @@ def _gen_length(published: dict[str, Any], was_given: bool, prompt_length: int, 
     The default ``max_length`` of 20 does not count it, and ends at the model's last position.
     """
     if published["max_new_tokens"] is not None:
-        return int(published["max_new_tokens"])
-    length = int(published["max_length"])
+        check_count("max_new_tokens", published["max_new_tokens"])
+        return published["max_new_tokens"]
+    length = published["max_length"]
+    check_count("max_length", length)
     if length == PUBLISHED["max_length"] and not was_given:
         positions = patched_family(model).geometry(unwrapped(model)).max_positions
         return min(length, positions - prompt_length)

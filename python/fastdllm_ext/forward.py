@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastdllm_ext import ops
 from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.patching.family import Geometry, Parts
-from fastdllm_ext.rope import rope_table
+from fastdllm_ext.rope import rope_table, table_length
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,8 @@ class Attention:
         self.head_dim = geometry.head_dim
         self.cache = cache
         rounded = cache.dtype if geometry.rounded_rope else torch.float32
-        length = 1 << max(length - 1, 1023).bit_length()  # few different tables, for they are kept
         self.tables = {
-            device: rope_table(length, geometry.head_dim, geometry.rope_theta, device, rounded)
+            device: rope_table(table_length(length), geometry.head_dim, geometry.rope_theta, device, rounded)
             for device in set(cache.devices)
         }
         self._layouts: dict[torch.device, Layout] = {}
@@ -126,6 +125,12 @@ def device_of(module: nn.Module) -> torch.device:
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def place_of_keys(parts: Parts) -> tuple[torch.dtype, list[torch.device]]:
+    """The dtype of keys and values, which is the activations', and their device in each layer."""
+    dtype = next(parts.norm.parameters()).dtype  # norms are never quantised
+    return dtype, [device_of(layer.q) for layer in parts.layers]
 
 
 @contextmanager

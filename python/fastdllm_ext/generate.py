@@ -132,6 +132,8 @@ def run(
     check_model(model)
     if isinstance(input_ids, Mapping):
         attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
+        if "input_ids" not in input_ids:
+            raise ValueError(f"input_ids holds {sorted(input_ids)}; takes a mapping with 'input_ids'")
         input_ids = input_ids["input_ids"]
     prompts = read_prompts(input_ids, attention_mask, geometry, device_of(parts.embedding))
     check_tokens(prompts, geometry, family, config.infill)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastdllm_ext.arguments import check_model, read_prompts, row_seeds
 from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.decoding import GenerationConfig, check_count
-from fastdllm_ext.forward import Attention, device_of, evaluating, hidden_states, whole_rows
+from fastdllm_ext.forward import Attention, device_of, evaluating, hidden_states, place_of_keys, whole_rows
 from fastdllm_ext.patching.family import Family, Geometry, Parts
 from fastdllm_ext.patching.registry import patched_family, unwrapped
 
@@ -129,14 +129,14 @@ class _Scratch(PagedKVCache):
     """
 
     def __init__(self, geometry: Geometry, parts: Parts, num_pages: int) -> None:
-        devices = [device_of(layer.q) for layer in parts.layers]
+        dtype, devices = place_of_keys(parts)
         places = list(dict.fromkeys(devices))
         super().__init__(
             len(places),
             geometry.num_kv_heads,
             geometry.head_dim,
             num_pages=num_pages,
-            dtype=next(parts.norm.parameters()).dtype,  # the activations': norms are never quantised
+            dtype=dtype,
             device=places,
         )
         self._place = [places.index(device) for device in devices]

@@ -19,9 +19,8 @@ from transformers import (  # type: ignore[attr-defined]  # a fast class that 5.
     PreTrainedTokenizerFast,
     Qwen2TokenizerFast,
 )
-from transformers.utils.hub import cached_file
 
-from fastdllm_ext.compat import add_chat_template, dtype_argument, tie
+from fastdllm_ext.compat import add_chat_template, checkpoint_file, dtype_argument, tie
 from fastdllm_ext.methods import patch
 from fastdllm_ext.models import DreamModel, LLaDAModelLM
 from fastdllm_ext.models.layers import read_generation_config
@@ -96,9 +95,9 @@ def load(
 
 def _tokenizer(where: str) -> PreTrainedTokenizerBase | None:
     """A checkpoint's tokenizer without remote code; None where it has none."""
-    settings_file = _file(where, "tokenizer_config.json")
-    has_json = _file(where, "tokenizer.json") is not None
-    has_bpe = all(_file(where, name) for name in ("vocab.json", "merges.txt"))
+    settings_file = checkpoint_file(where, "tokenizer_config.json")
+    has_json = checkpoint_file(where, "tokenizer.json") is not None
+    has_bpe = all(checkpoint_file(where, name) for name in ("vocab.json", "merges.txt"))
     if not (settings_file or has_json or has_bpe):
         return None
     settings = json.loads(Path(settings_file).read_text(encoding="utf-8")) if settings_file else {}
@@ -109,15 +108,5 @@ def _tokenizer(where: str) -> PreTrainedTokenizerBase | None:
         tokenizer = tokenizer_class.from_pretrained(where)
     else:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    add_chat_template(tokenizer, _file(where, "chat_template.jinja"))
+    add_chat_template(tokenizer, checkpoint_file(where, "chat_template.jinja"))
     return tokenizer
-
-
-def _file(where: str, name: str) -> str | None:
-    """A checkpoint's file on this machine; None where it has no such file."""
-    return cached_file(
-        where,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )

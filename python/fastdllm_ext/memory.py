@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from fastdllm_ext.cache import PagedKVCache
+from fastdllm_ext.cache import PAGE_SIZE, PagedKVCache
 from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.ops import Knob, Row
 from fastdllm_ext.patching.registry import patched_family, unwrapped
+from fastdllm_ext.rope import table_length
 
 __all__ = ["memory_needed"]
 
@@ -57,12 +58,10 @@ def memory_needed(
     widest = max(
         (2 * hidden + 2 * inner) * size,  # x, its norm, silu(gate), up
         (2 * hidden + 3 * q + 2 * kv) * size,  # x, its norm, q, k, v, q rotated, the attention's output
-        2 * hidden * (size + 4)
-        + 8,  # x, the norm before; within a norm two in float32, and their mean squares
+        # x, the norm before; within a norm two in float32, and their mean squares
+        2 * hidden * (size + 4) + 8,
     )
-    table = 1 << max(max(lengths) - 1, 1023).bit_length()  # positions; see forward.Attention
-
-    page = 2 * geometry.num_layers * geometry.num_kv_heads * 32 * geometry.head_dim * size
+    page = 2 * geometry.num_layers * geometry.num_kv_heads * PAGE_SIZE * geometry.head_dim * size
     logits = masks * (twins * (hidden + geometry.vocab_size) * size + _CANDIDATE)
     found = {
         "pages": pages * page,
@@ -71,7 +70,7 @@ def memory_needed(
         "state": len(lengths) * (max(lengths) * _POSITION + _ROW)
         + pages * 4
         + masks * _CANDIDATE
-        + table * geometry.head_dim * 4,
+        + table_length(max(lengths)) * geometry.head_dim * 4,
     }
     found["total"] = found["pages"] + found["state"] + max(found["activations"], found["logits"])
     return found

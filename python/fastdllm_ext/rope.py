@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def table_length(length: int) -> int:
+    """Positions of the table for a row of this length: few different tables, for they are kept."""
+    return 1 << max(length - 1, 1023).bit_length()
+
+
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is cached must also serve a later training step
 def rope_table(

@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from fastdllm_ext.compat import generation_config, generation_settings
+from fastdllm_ext.compat import checkpoint_file, generation_config, generation_settings
 
 __all__ = ["DiffusionModel", "RMSNorm", "attend", "read_generation_config", "rotate"]
-
-GENERATION_FILE = "generation_config.json"
 
 
 class RMSNorm(nn.Module):
@@ -67,12 +65,7 @@ def read_generation_config(path_or_id: str | os.PathLike[str]) -> GenerationConf
     Keys that transformers does not know (``alg``, ``steps``, ``fastdllm``, ...) become attributes, also where
     the file says ``_from_model_config``, as Dream's does; nothing is validated.
     """
-    file = cached_file(
-        os.fspath(path_or_id),
-        GENERATION_FILE,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    file = checkpoint_file(path_or_id, GENERATION_CONFIG_NAME)
     if file is None:
         return None
     with open(file, encoding="utf-8") as text:
@@ -113,7 +106,7 @@ class DiffusionModel(PreTrainedModel):
         if self.generation_config is not None and is_main_process:
             # GenerationConfig.save_pretrained refuses what these models' files hold, such as temperature 0.
             settings = generation_settings(self.generation_config)
-            with open(os.path.join(save_directory, GENERATION_FILE), "w", encoding="utf-8") as text:
+            with open(os.path.join(save_directory, GENERATION_CONFIG_NAME), "w", encoding="utf-8") as text:
                 text.write(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     def _refuse(self, arguments: Mapping[str, Any]) -> None:
