@@ -151,7 +151,17 @@ def test_hooks_edit_logits_and_tokens() -> None:
         x[:, 4] = MASK if step == 2 else x[:, 4]
         return x
 
-    again = model.diffusion_generate(PROMPT, generation_tokens_hook_func=remasked, **settings)
+    masked_again: list[int] = []
+
+    def watch(step: int, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if bool((x[:, 4] == MASK).all()):
+            masked_again.append(step)
+        return logits
+
+    again = model.diffusion_generate(
+        PROMPT, generation_tokens_hook_func=remasked, generation_logits_hook_func=watch, **settings
+    )
+    assert 3 in masked_again, "the step after sees the mask"
     assert not (again == MASK).any()
 
 
