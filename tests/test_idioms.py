@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import nn
 from transformers import TextIteratorStreamer, TextStreamer
 
@@ -476,6 +475,10 @@ def test_a_copy_is_a_model_of_its_own(tiny: Tiny, way: str) -> None:
 # --- accelerate ------------------------------------------------------------------------------------
 
 
+def accelerate() -> Any:
+    return pytest.importorskip("accelerate")
+
+
 def names(model: Any) -> tuple[str, str, list[str]]:
     """Of the embedding, the final norm and the head; of the layers' list."""
     if is_dream(model):
@@ -492,12 +495,14 @@ def placed(model: Any, first: Any, second: Any) -> dict[str, Any]:
 
 
 OFFLOADS: dict[str, Callable[[Any, Path], Any]] = {
-    "cpu_offload": lambda model, folder: cpu_offload(model, execution_device="cpu"),
-    "disk_offload": lambda model, folder: disk_offload(model, str(folder), execution_device="cpu"),
-    "dispatch_model": lambda model, folder: dispatch_model(
+    "cpu_offload": lambda model, folder: accelerate().cpu_offload(model, execution_device="cpu"),
+    "disk_offload": lambda model, folder: accelerate().disk_offload(
+        model, str(folder), execution_device="cpu"
+    ),
+    "dispatch_model": lambda model, folder: accelerate().dispatch_model(
         model, placed(model, "cpu", "disk"), main_device="cpu", offload_dir=str(folder)
     ),
-    "first on disk": lambda model, folder: dispatch_model(
+    "first on disk": lambda model, folder: accelerate().dispatch_model(
         model, placed(model, "disk", "cpu"), main_device="cpu", offload_dir=str(folder)
     ),
 }
@@ -539,8 +544,12 @@ def test_an_offloaded_tied_embedding(tmp_path: Path) -> None:
     """Dream's head is a module, which has the weight while it runs. LLaDA's is not: wrong numbers."""
     dream = tiny_dream(tie_word_embeddings=True)
     wanted = generated(dream)
-    assert_same(generated(disk_offload(dream, str(tmp_path / "dream"), execution_device="cpu")), wanted)
-    llada = disk_offload(tiny_llada(weight_tying=True), str(tmp_path / "llada"), execution_device="cpu")
+    assert_same(
+        generated(accelerate().disk_offload(dream, str(tmp_path / "dream"), execution_device="cpu")), wanted
+    )
+    llada = accelerate().disk_offload(
+        tiny_llada(weight_tying=True), str(tmp_path / "llada"), execution_device="cpu"
+    )
     with pytest.raises(ValueError, match=r"model: a tied embedding \(weight_tying\) is offloaded"):
         generated(llada)
     with pytest.raises(ValueError, match="its tied embedding is on meta and serves as the head on cpu"):
@@ -553,7 +562,7 @@ def test_an_offloaded_tied_embedding(tmp_path: Path) -> None:
 def test_layers_on_two_devices(tiny: Tiny, first: str, second: str, main_device: str) -> None:
     """Each layer's pages lie where it computes: at ``main_device`` too where "cpu" then means offloaded."""
     wanted = generated(tiny())
-    model = dispatch_model(tiny(), placed(tiny(), first, second), main_device=main_device)
+    model = accelerate().dispatch_model(tiny(), placed(tiny(), first, second), main_device=main_device)
     computes = "cuda:0" if main_device == "cuda:0" else first
     found = generated(model, ROW.to(computes))
     assert str(found.sequences.device) == computes
