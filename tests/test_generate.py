@@ -86,6 +86,8 @@ def random_rows(rng: random.Random, rows: int, infill: bool) -> tuple[list[torch
 def test_token_for_token_as_the_specification(seed: int, family: str) -> None:
     """Random small configurations in float32 against the slow reference, in batches of 1 to 4 rows.
 
+    By both runtimes.
+
     Where the reference meets two choices that differ by less than what float32 sums in another order may
     change, there is no one right answer, and the next configuration is taken.
     """
@@ -102,10 +104,11 @@ def test_token_for_token_as_the_specification(seed: int, family: str) -> None:
     else:
         raise AssertionError("no configuration with one right answer in 30")
     count = {} if settings["infill"] else {"gen_length": lengths}
-    output = fd.generate(model, prompts, **settings, **count)
-    for b, (prompt, row) in enumerate(zip(prompts, truth, strict=True)):
-        assert_row(output, b, prompt, row, error_of(settings))
-    assert not (output.sequences == MASK).any()
+    for runtime in ("fused", "modules"):
+        output = fd.generate(fd.patch(model, runtime=runtime), prompts, **settings, **count)
+        for b, (prompt, row) in enumerate(zip(prompts, truth, strict=True)):
+            assert_row(output, b, prompt, row, error_of(settings))
+        assert not (output.sequences == MASK).any()
 
 
 def error_of(settings: dict[str, Any]) -> float:

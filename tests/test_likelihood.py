@@ -171,13 +171,15 @@ def test_the_layout_of_whole_rows() -> None:
     cache = fd.PagedKVCache(1, 1, 8, num_pages=4, page_size=16)
     lengths = [3, 40]
     sequences = cache.add(lengths)
-    layout = whole_rows(cache, sequences, lengths)
+    layout = whole_rows(cache, sequences, lengths, [torch.tensor([1]), torch.tensor([0, 39])])
     assert layout.positions.tolist() == [*range(3), *range(40)]
     assert layout.slots.tolist() == [*range(3), *range(16, 56)]
     assert layout.block_table.tolist() == [[0, 0, 0], [1, 2, 3]]
     assert layout.kv_lens.tolist() == lengths
-    assert layout.cu_seqlens_q.tolist() == [0, 3, 43]
-    assert layout.max_seqlen_q == 40
+    assert layout.queries.cu.tolist() == [0, 3, 43]
+    assert layout.queries.longest == 40
+    assert layout.wanted.tolist() == [1, 3, 42]
+    assert layout.outputs.cu.tolist() == [0, 1, 3]
 
 
 # --- The draws -------------------------------------------------------------------------------------
@@ -333,7 +335,7 @@ def test_all_layers_share_the_pages_of_one_forward(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_that_accelerate_moves_in_for_their_turn(family: str, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
-    model = FAMILIES[family]()
+    model = fd.patch(FAMILIES[family](), runtime="modules")  # what runs where there are hooks
     prompts, answers = random_pairs(random.Random(1), 3)
     wanted = fd.loglikelihood(model, prompts, answers, samples=3, seed=1)
     leaves = [n for n, m in model.named_modules() if [*m.parameters(recurse=False)] and not [*m.children()]]

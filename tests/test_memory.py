@@ -158,6 +158,7 @@ LONG = {"prompts": (1500, 700, 1100), "gen_length": [32, 20, 48], "block_length"
 SHORT = {"prompts": (10, 30), "gen_length": 128, "block_length": 128, "steps": 4}  # the logits need the most
 
 
+@pytest.mark.parametrize("runtime", ["fused", "modules"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
@@ -168,13 +169,16 @@ SHORT = {"prompts": (10, 30), "gen_length": 128, "block_length": 128, "steps": 4
         LONG | {"top_p": 0.9}, SHORT | {"infill": True},
     ],
 )  # fmt: skip
-def test_the_peak_is_what_the_formula_says(family: str, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+def test_the_peak_is_what_the_formula_says(
+    family: str, dtype: torch.dtype, runtime: str, settings: dict[str, Any]
+) -> None:
     """At most that, and at least nine tenths of it: the formula is no bound of anything else.
 
     In bfloat16 by the tensors that operations return (see above), in float32 by all allocations.
     """
     settings = {k: v for k, v in settings.items() if k != "top_p" or family == "dream"}  # LLaDA has none
     model, prompts = model_of(family, dtype, settings.pop("inner", 192)), prompts_of(*settings.pop("prompts"))
+    fd.generate(fd.patch(model, runtime=runtime), prompts, gen_length=1)  # joins the weights
     config = fd.GenerationConfig(**settings)
     counts = config.gen_length if isinstance(config.gen_length, list) else [config.gen_length] * len(prompts)
     needed = fd.memory_needed(model, [len(p) + n for p, n in zip(prompts, counts, strict=True)], config)
@@ -193,6 +197,7 @@ def test_the_peak_is_what_the_formula_says(family: str, dtype: torch.dtype, sett
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pages_of_ones_own_take_the_place_of_the_formulas(family: str) -> None:
     model, prompts = model_of(family), prompts_of(1500, 700)
+    fd.generate(model, prompts, gen_length=1)  # joins the weights
     config = fd.GenerationConfig(gen_length=40, steps=4)
     needed = fd.memory_needed(model, [1540, 740], config)
     kv_heads = 4 if family == "llada" else 2

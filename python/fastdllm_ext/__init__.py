@@ -16,8 +16,8 @@ from fastdllm_ext.generate import generate
 from fastdllm_ext.likelihood import loglikelihood
 from fastdllm_ext.load import demo_model_path, load
 from fastdllm_ext.memory import memory_needed
-from fastdllm_ext.methods import patch
-from fastdllm_ext.patching.registry import supported_models, unpatch
+from fastdllm_ext.methods import patch, unpatch
+from fastdllm_ext.patching.registry import supported_models
 
 __version__ = "0.1.0"
 

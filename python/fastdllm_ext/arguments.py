@@ -27,7 +27,7 @@ def check_model(model: nn.Module) -> None:
     if len(devices) > 1:
         raise ValueError(f"model: parameters on mixed devices {sorted(map(str, devices))}; takes one")
     parts = patched_family(model).parts(model)
-    modules = [parts.embedding, parts.norm, *([parts.head] if isinstance(parts.head, nn.Module) else [])]
+    modules = [parts.embedding, parts.norm, parts.head]
     modules += [module for layer in parts.layers for module in vars(layer).values()]
     own = [p for module in modules for p in module.parameters(recurse=False)]
     floating = {p.dtype for p in own if p.is_floating_point()}

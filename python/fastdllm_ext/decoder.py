@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from fastdllm_ext import ops
 from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.decoding import REMASKING, GenerationConfig, Timings
-from fastdllm_ext.forward import Attention, Layout, hidden_states
+from fastdllm_ext.forward import Attention, Layout, Runs
 from fastdllm_ext.ops import Knob, Row
-from fastdllm_ext.patching.family import Family, Geometry, Parts
-from fastdllm_ext.patching.registry import patched_family
+from fastdllm_ext.patching.family import Family, Geometry
+from fastdllm_ext.patching.registry import patched_family, patched_runtime
+from fastdllm_ext.runtime import Modules, choose_runtime
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,9 @@ class Plan:
 
     Attributes:
         tokens: [T] int64, the queries' places in the flattened tokens.
-        layout: positions, slots and offsets for the attention.
+        layout: positions, slots and offsets for the attention; it wants the outputs that the candidates'
+            logits come from, in their order (with guidance, then those of the twins).
         candidates: [S] int64, positions that may be filled, as places in the flattened tokens.
-        sources: [S] int64, the queries that their logits come from.
         positions: [S] int64, the same positions within their rows.
         has_refresh: some row refreshes.
     """
@@ -158,13 +159,15 @@ class Plan:
     tokens: Tensor
     layout: Layout
     candidates: Tensor
-    sources: Tensor
     positions: Tensor
     has_refresh: bool
 
 
 class Decoder:
     """Tensors of a batch of rows, and the turn that advances them.
+
+    Attributes:
+        wants_all: the logits of every query are computed, not of the candidates alone.
 
     Args:
         model: a patched model.
@@ -174,6 +177,8 @@ class Decoder:
         rows: 1-D int64 tensors, masks where tokens are to be generated.
         seeds: (seed, stream) of each row.
     """
+
+    wants_all = False
 
     def __init__(
         self,
@@ -186,7 +191,10 @@ class Decoder:
     ) -> None:
         self.model, self.geometry, self.config, self.cache = model, geometry, config, cache
         self.family: Family = patched_family(model)
-        self.parts: Parts = self.family.parts(model)
+        self.parts = self.family.parts(model)
+        self.runtime = choose_runtime(patched_runtime(model), self.family, self.parts)(
+            self.family, self.parts
+        )
         self.seeds = seeds
         lengths = [len(row) for row in rows]
         self.attention = Attention(self.geometry, cache, max(lengths))
@@ -282,18 +290,18 @@ class Decoder:
             twins = inputs.view(2, -1)[1]
             twins[self.given.view(-1)[plan.tokens].view(2, -1)[1]] = self.geometry.mask_id
         self.attention.attend_over(plan.layout)
-        hidden = hidden_states(self.parts, inputs, self.attention)
+        hidden = self.runtime.hidden(inputs, self.attention)
         masked = flat[plan.candidates] == self.geometry.mask_id
         chosen = torch.nonzero_static(masked, size=masks).squeeze(1)  # the count is known: no wait
         return self._logits(hidden, plan, chosen).to(self.tokens.device), plan.positions[chosen]
 
     def _logits(self, hidden: Tensor, plan: Plan, chosen: Tensor) -> Tensor:
         """[R, vocab] of the candidates chosen; with guidance, u + (1 + scale)(c - u), u being the twin's."""
-        sources = plan.sources[chosen].to(hidden.device)
-        conditional = self.parts.head(hidden[sources])
+        chosen = chosen.to(hidden.device)
+        conditional = self.runtime.head(hidden[chosen])
         if not self.config.cfg_scale:
             return conditional
-        free = self.parts.head(hidden[sources + len(hidden) // 2])
+        free = self.runtime.head(hidden[chosen + len(hidden) // 2])
         # In place: two tensors of logits, the largest of a block step, and not four.
         return conditional.sub_(free).mul_(self.config.cfg_scale + 1).add_(free)
 
@@ -310,8 +318,10 @@ class Decoder:
 
     def _build_plan(self, active: list[DecodingRow], steps: dict[int, Step]) -> Plan:
         device, width = self.tokens.device, self.tokens.shape[1]
-        tokens, positions, slots, offsets, sequences = [], [], [], [0], []
-        candidates, sources, candidate_positions = [], [], []
+        tokens, positions, slots, candidates, candidate_positions, wanted = [], [], [], [], [], []
+        sequences: list[int] = []
+        lengths: list[int] = []
+        outputs: list[int] = []
         for lane in range(2 if self.config.cfg_scale else 1):
             for row in active:
                 step, sequence = steps[row.index], row.sequences[lane]
@@ -322,25 +332,30 @@ class Decoder:
                 positions.append(where)
                 slots.append(self.cache.slots(sequence, begin, end))
                 sequences.append(sequence)
+                fill = torch.arange(*step.candidates)
+                # With a shift the block's first position has no source here, once it is filled: any will do.
+                sources = (
+                    where - begin if self.wants_all else (fill - int(self.family.shift) - begin).clamp(min=0)
+                )
+                wanted.append(sources + sum(lengths))
+                outputs.append(len(sources))
+                lengths.append(end - begin)
                 if lane == 0:
-                    fill = torch.arange(*step.candidates)
                     candidates.append(fill + row.index * width)
-                    sources.append((fill - int(self.family.shift)).clamp(min=0) - begin + offsets[-1])
                     candidate_positions.append(fill)
-                offsets.append(offsets[-1] + end - begin)
         visible = [steps[row.index].visible for row in active]
         layout = Layout(
-            positions=torch.cat(positions).to(device),
-            slots=torch.cat(slots).to(device),
-            block_table=self.cache.block_table(sequences).to(device),
-            kv_lens=torch.tensor(visible * (len(sequences) // len(active)), dtype=torch.int32, device=device),
-            cu_seqlens_q=torch.tensor(offsets, dtype=torch.int32, device=device),
-            max_seqlen_q=max(b - a for a, b in itertools.pairwise(offsets)),
-        )
-        flat, fills, queries, where = (
-            torch.cat(x).to(device) for x in (tokens, candidates, sources, candidate_positions)
-        )
-        return Plan(flat, layout, fills, queries, where, any(s.is_refresh for s in steps.values()))
+            positions=torch.cat(positions),
+            slots=torch.cat(slots),
+            block_table=self.cache.block_table(sequences),
+            kv_lens=torch.tensor(visible * (len(sequences) // len(active)), dtype=torch.int32),
+            queries=Runs.of(lengths),
+            wanted=torch.cat(wanted),
+            outputs=Runs.of(outputs),
+            is_fresh=all(step.is_refresh for step in steps.values()),
+        ).to(device)
+        flat, fills, filled = (torch.cat(x).to(device) for x in (tokens, candidates, candidate_positions))
+        return Plan(flat, layout, fills, filled, any(step.is_refresh for step in steps.values()))
 
     def _set_quotas(self, active: list[DecodingRow], counts: list[int]) -> None:
         """Tells the device how many masks the next step fills, in rows whose schedule has time steps."""
@@ -399,6 +414,7 @@ class Decoder:
 
             return module.register_forward_hook(hook)
 
+        self.runtime = Modules(self.family, self.parts)  # whose modules hooks can watch
         handles = [watch(name, module) for name, module in self.model.named_modules() if name]
         try:
             self._forward(plan, masks)

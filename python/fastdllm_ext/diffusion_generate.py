@@ -170,6 +170,8 @@ class _Frame:
 class _HookedDecoder(Decoder):
     """A decoder whose tokens and logits the caller may edit between the steps."""
 
+    wants_all = True
+
     def __init__(self, *args: Any, frame: _Frame, hooks: tuple[Hook | None, Hook | None]) -> None:
         self.frame, (self.edit_tokens, self.edit_logits) = frame, hooks
         self.logits: Tensor | None = None
@@ -189,7 +191,7 @@ class _HookedDecoder(Decoder):
         """Those of every position, shown to the hook; then those that were chosen."""
         row_of = plan.tokens // self.tokens.shape[1]
         rows = hidden.new_zeros(*self.tokens.shape, self.geometry.vocab_size)
-        rows[row_of, plan.layout.positions] = self.parts.head(hidden).to(rows.dtype)
+        rows[row_of, plan.layout.positions] = self.runtime.head(hidden).to(rows.dtype)
         self.logits = self.frame.lay_out(torch.cat((rows[:, :1], rows[:, :-1]), 1))
         if self.edit_logits is not None:
             step = max(row.nfe for row in self.rows)

@@ -1,15 +1,14 @@
-"""One ragged forward through a model's own modules, attending over pages.
+"""What a ragged forward over pages needs, whichever runtime computes it.
 
-Rows of any length go through the modules as one long row without padding; only attention knows where
-one ends and the next begins.
+Rows of any length are one long row without padding; only attention knows where one ends and the next begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -23,31 +22,75 @@ from fastdllm_ext.rope import rope_table, table_length
 
 
 @dataclass(frozen=True)
-class Layout:
-    """T query tokens of B sequences, and where their keys lie (see ``ops``)."""
+class Runs:
+    """Tokens of B sequences laid end to end: sequence b has [offsets[b], offsets[b + 1])."""
 
-    positions: Tensor  # [T] int64
-    slots: Tensor  # [T] int64
-    block_table: Tensor  # [B, max_blocks] int32
-    kv_lens: Tensor  # [B] int32
-    cu_seqlens_q: Tensor  # [B + 1] int32
-    max_seqlen_q: int
+    offsets: tuple[int, ...]
+    cu: Tensor  # the offsets, [B + 1] int32
+
+    @staticmethod
+    def of(lengths: Iterable[int]) -> Runs:
+        """From the lengths of the runs."""
+        offsets = (0, *accumulate(lengths))
+        return Runs(offsets, torch.tensor(offsets, dtype=torch.int32))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest run."""
+        return max((b - a for a, b in pairwise(self.offsets)), default=0)
+
+    def to(self, device: torch.device) -> Runs:
+        """The same on another device."""
+        return replace(self, cu=self.cu.to(device))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """T query tokens of B sequences, where their keys lie, and which of their outputs are wanted.
+
+    Attributes:
+        positions: [T] int64, of each query in its sequence.
+        slots: [T] int64, where each query's key and value are written (see ``ops``).
+        block_table: [B, max_blocks] int32.
+        kv_lens: [B] int32, keys that each sequence attends to.
+        queries: the T of them.
+        wanted: [W] int64, queries whose hidden states come out, sequence by sequence.
+        outputs: the W of them.
+        is_fresh: all keys that are attended to are those of the queries.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    block_table: Tensor
+    kv_lens: Tensor
+    queries: Runs
+    wanted: Tensor
+    outputs: Runs
+    is_fresh: bool
 
     def to(self, device: torch.device) -> Layout:
         """The same on another device."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "max_seqlen_q"}
-        return replace(self, **moved)
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "is_fresh"}
+        return Layout(is_fresh=self.is_fresh, **{name: part.to(device) for name, part in parts.items()})
 
 
-def whole_rows(cache: PagedKVCache, sequences: Sequence[int], lengths: Sequence[int]) -> Layout:
-    """The layout of a forward over all of new sequences: every position is computed and attended to."""
+def whole_rows(
+    cache: PagedKVCache, sequences: Sequence[int], lengths: Sequence[int], wanted: Sequence[Tensor]
+) -> Layout:
+    """The layout of a forward over all of new sequences: every position is computed and attended to.
+
+    ``wanted`` holds positions of each sequence.
+    """
+    queries = Runs.of(lengths)
     layout = Layout(
         positions=torch.cat([torch.arange(length) for length in lengths]),
         slots=torch.cat([cache.slots(s, 0, length) for s, length in zip(sequences, lengths, strict=True)]),
         block_table=cache.block_table(sequences),
         kv_lens=torch.tensor(lengths, dtype=torch.int32),
-        cu_seqlens_q=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
-        max_seqlen_q=max(lengths),
+        queries=queries,
+        wanted=torch.cat([where + offset for where, offset in zip(wanted, queries.offsets, strict=False)]),
+        outputs=Runs.of(map(len, wanted)),
+        is_fresh=True,
     )
     return layout.to(cache.devices[0])
 
@@ -62,7 +105,10 @@ class Attention:
 
     Attributes:
         tables: cosines and sines on each device.
+        layout: where queries and keys of the following calls lie.
     """
+
+    layout: Layout
 
     def __init__(self, geometry: Geometry, cache: PagedKVCache, length: int) -> None:
         self.head_dim = geometry.head_dim
@@ -72,47 +118,56 @@ class Attention:
             device: rope_table(table_length(length), geometry.head_dim, geometry.rope_theta, device, rounded)
             for device in set(cache.devices)
         }
-        self._layouts: dict[torch.device, Layout] = {}
 
     def attend_over(self, layout: Layout) -> None:
-        """Where queries and keys of the following calls lie."""
+        """Sets the layout."""
+        self.layout = layout
         self._layouts = {device: layout.to(device) for device in self.tables}
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T, heads * head_dim], k and v [T, kv_heads * head_dim] -> [T, heads * head_dim]."""
+    def write(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Stores the keys and values of some queries, after RoPE.
+
+        q [t, heads * head_dim], k and v [t, kv_heads * head_dim] -> q after RoPE, [t, heads, head_dim].
+        """
         device = self.cache.devices[layer]
         at, (cos, sin) = self._layouts[device], self.tables[device]
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        k_pages, v_pages = self.cache.layer(layer)
-        q = ops.rope_write_kv(q, k, v, cos, sin, at.positions, at.slots, k_pages, v_pages)
-        out = ops.paged_attention(
-            q,
-            k_pages,
-            v_pages,
-            at.block_table,
-            at.kv_lens,
-            at.cu_seqlens_q,
-            at.max_seqlen_q,
-            self.head_dim**-0.5,
+        return ops.rope_write_kv(
+            q, k, v, cos, sin, at.positions[rows], at.slots[rows], *self.cache.layer(layer)
         )
+
+    def read(self, layer: int, q: Tensor, wanted: bool = False) -> Tensor:
+        """What all queries, or those that are wanted, find. q as :meth:`write` returned it.
+
+        [T or W, heads, head_dim] -> [T or W, heads * head_dim].
+        """
+        at = self._layouts[self.cache.devices[layer]]
+        runs = at.outputs if wanted else at.queries
+        pages, scale = self.cache.layer(layer), self.head_dim**-0.5
+        if at.is_fresh and q.is_cuda:
+            return library_attention(q, *pages, at.block_table, at.queries, runs, scale).flatten(-2)
+        out = ops.paged_attention(q, *pages, at.block_table, at.kv_lens, runs.cu, runs.longest, scale)
         return out.flatten(-2)
 
 
-def hidden_states(parts: Parts, input_ids: Tensor, attend: Attention) -> Tensor:
-    """[T] int64 -> [T, hidden] after the final norm."""
-    x = parts.embedding(input_ids[None])
-    for i, layer in enumerate(parts.layers):
-        x = x.to(attend.cache.devices[i])
-        n = layer.attn_norm(x)
-        x = x + layer.o(attend(i, layer.q(n)[0], layer.k(n)[0], layer.v(n)[0])[None])
-        n = layer.mlp_norm(x)
-        # A refresh needs the most memory here: two tensors of this width at a time. What is written in place
-        # is no module's output, which a hook may hold.
-        inner = F.silu(layer.gate(n))
-        inner *= layer.up(n)
-        x = x + layer.down(inner)
-        del inner  # or it would be a third, in the next layer
-    return parts.norm(x)[0]
+def library_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, keys: Runs, queries: Runs, scale: float
+) -> Tensor:
+    """Attention of sequences from their first key on, one after the other, by torch's fastest kernel.
+
+    As ``ops.paged_attention``; where a sequence has many queries, arithmetic bounds it, not bytes.
+    """
+    out = torch.empty_like(q)
+    for b, ((begin, end), (first, last)) in enumerate(
+        zip(pairwise(queries.offsets), pairwise(keys.offsets), strict=True)
+    ):
+        pages = block_table[b, : -(-(last - first) // k_pages.shape[2])]
+        k, v = (x[pages].transpose(0, 1).flatten(1, 2)[None, :, : last - first] for x in (k_pages, v_pages))
+        found = F.scaled_dot_product_attention(
+            q[None, begin:end].transpose(1, 2), k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out[begin:end] = found[0].transpose(0, 1)
+    return out
 
 
 def device_of(module: nn.Module) -> torch.device:

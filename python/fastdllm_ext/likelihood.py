@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from fastdllm_ext.arguments import check_model, read_prompts, row_seeds
 from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.decoding import GenerationConfig, check_count
-from fastdllm_ext.forward import Attention, device_of, evaluating, hidden_states, place_of_keys, whole_rows
+from fastdllm_ext.forward import Attention, device_of, evaluating, place_of_keys, whole_rows
 from fastdllm_ext.patching.family import Family, Geometry, Parts
-from fastdllm_ext.patching.registry import patched_family, unwrapped
+from fastdllm_ext.patching.registry import patched_family, patched_runtime, unwrapped
+from fastdllm_ext.runtime import Runtime, choose_runtime
 
 __all__ = ["loglikelihood"]
 
@@ -80,8 +81,9 @@ def loglikelihood(
     totals = torch.zeros(len(pairs), dtype=torch.float64, device=device)
     rows = _rows(pairs, seeds, samples, batch_size)
     with evaluating(model):
+        runtime = choose_runtime(patched_runtime(model), family, parts)(family, parts)
         while batch := list(itertools.islice(rows, batch_size)):
-            _add_up(totals, batch, pairs, family, geometry, parts, attention, cfg_scale)
+            _add_up(totals, batch, pairs, family, geometry, runtime, attention, cfg_scale)
     wrong = (~totals.isfinite()).nonzero()[:, 0].tolist()
     if wrong:
         raise ValueError(f"logits: NaN or infinite in pairs {wrong}")
@@ -162,41 +164,41 @@ def _add_up(
     pairs: Sequence[_Pair],
     family: Family,
     geometry: Geometry,
-    parts: Parts,
+    runtime: Runtime,
     attention: Attention,
     cfg_scale: float,
 ) -> None:
     """Adds each row's estimate, L / l times the sum of the log p of what it hides, to its pair's total."""
-    rows, twins, lengths, offset = [], [], [], 0
-    sources, targets, owners, weights = [], [], [], []
+    rows, twins, lengths = [], [], []
+    wanted, targets, owners, weights = [], [], [], []
     for b, mask in batch:
         pair = pairs[b]
         hidden = mask.nonzero()[:, 0] + pair.prompt_length
         rows.append(pair.tokens.index_fill(0, hidden, geometry.mask_id))
         twins.append(rows[-1].clone())
         twins[-1][: pair.prompt_length] = geometry.mask_id  # a twin sees nothing of the prompt
-        sources.append(hidden - int(family.shift) + offset)
+        wanted.append(hidden - int(family.shift))
         targets.append(pair.tokens[hidden])
         owners.append(torch.full((len(hidden),), b))
         weights.append(torch.full((len(hidden),), pair.answer_length / len(hidden), dtype=torch.float64))
         lengths.append(len(pair.tokens))
-        offset += lengths[-1]
     if cfg_scale:
-        rows, lengths = rows + twins, lengths * 2
+        rows, lengths, wanted = rows + twins, lengths * 2, wanted * 2
 
     cache = attention.cache
     sequences = cache.add(lengths)
-    attention.attend_over(whole_rows(cache, sequences, lengths))
-    states = hidden_states(parts, torch.cat(rows).to(totals.device), attention)
+    attention.attend_over(whole_rows(cache, sequences, lengths, wanted))
+    states = runtime.hidden(torch.cat(rows).to(totals.device), attention)
     for sequence in sequences:
         cache.free(sequence)
 
-    columns = [torch.cat(x).split(HEAD_ROWS) for x in (sources, targets, owners, weights)]
-    for source, target, owner, weight in zip(*columns, strict=True):
-        source = source.to(states.device)
-        logits = parts.head(states[source]).float()
+    columns = [torch.cat(x) for x in (targets, owners, weights)]
+    for begin in range(0, len(columns[0]), HEAD_ROWS):
+        target, owner, weight = (x[begin : begin + HEAD_ROWS] for x in columns)
+        logits = runtime.head(states[begin : begin + len(target)]).float()
         if cfg_scale:
-            free = parts.head(states[source + offset]).float()
+            twin = begin + len(columns[0])
+            free = runtime.head(states[twin : twin + len(target)]).float()
             logits = free + (cfg_scale + 1) * (logits - free)
         loss = F.cross_entropy(logits, target.to(logits.device), reduction="none").to(totals)
         totals.index_add_(0, owner.to(totals.device), -loss * weight.to(totals.device))

@@ -10,8 +10,9 @@ from torch import nn
 from fastdllm_ext.cache import PAGE_SIZE, PagedKVCache
 from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.ops import Knob, Row
-from fastdllm_ext.patching.registry import patched_family, unwrapped
+from fastdllm_ext.patching.registry import patched_family, patched_runtime, unwrapped
 from fastdllm_ext.rope import table_length
+from fastdllm_ext.runtime import Widths, choose_runtime
 
 __all__ = ["memory_needed"]
 
@@ -51,22 +52,14 @@ def memory_needed(
     )
     pages = PagedKVCache.pages_for(list(lengths) * twins)
 
-    layer: Any = parts.layers[0]
-    weight = next(parts.norm.parameters())
-    hidden, size = weight.numel(), weight.element_size()
-    inner, q, kv = layer.gate.out_features, layer.q.out_features, layer.k.out_features
-    widest = max(
-        (2 * hidden + 2 * inner) * size,  # x, its norm, silu(gate), up
-        (2 * hidden + 3 * q + 2 * kv) * size,  # x, its norm, q, k, v, q rotated, the attention's output
-        # x, the norm before; within a norm two in float32, and their mean squares
-        2 * hidden * (size + 4) + 8,
-    )
-    page = 2 * geometry.num_layers * geometry.num_kv_heads * PAGE_SIZE * geometry.head_dim * size
-    logits = masks * (twins * (hidden + geometry.vocab_size) * size + _CANDIDATE)
+    widths = Widths.of(parts)
+    runtime = choose_runtime(patched_runtime(model), family, parts)
+    page = 2 * geometry.num_layers * geometry.num_kv_heads * PAGE_SIZE * geometry.head_dim * widths.size
+    logits = masks * (twins * (2 * widths.hidden + geometry.vocab_size) * widths.size + _CANDIDATE)
     found = {
         "pages": pages * page,
-        "activations": queries * (widest + _QUERY),
-        "logits": logits + queries * (hidden * size + _QUERY),
+        "activations": runtime.activation_bytes(widths, queries) + queries * _QUERY,
+        "logits": logits + queries * _QUERY,
         "state": len(lengths) * (max(lengths) * _POSITION + _ROW)
         + pages * 4
         + masks * _CANDIDATE

@@ -1,25 +1,33 @@
-"""Patching: the methods that a family's models get."""
+"""Patching: the methods that a family's models get, and the runtime that computes their forwards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from fastdllm_ext.diffusion_generate import diffusion_generate
 from fastdllm_ext.generate import generate
 from fastdllm_ext.patching import registry
+from fastdllm_ext.runtime import RUNTIMES, choose_runtime, part_weights
 
 METHODS: dict[str, Callable[..., Any]] = {"generate": generate, "diffusion_generate": diffusion_generate}
 
 
-def patch(model: nn.Module) -> nn.Module:
+def patch(model: nn.Module, *, runtime: Literal["auto", "fused", "modules"] | None = None) -> nn.Module:
     """Makes a model generate fast; its own call keeps working, bit for bit. Idempotent.
 
     Args:
         model: a LLaDA or Dream model: ours (:func:`fastdllm_ext.load`), the Hub's remote code, or NVlabs'
             copy; also inside ``torch.compile``'s wrapper.
+        runtime: how a generation computes its forwards. ``modules``: through the model's own modules.
+            ``fused``: through fused operations on their weights, of which those of q, k and v, and those of
+            gate and up, then lie behind one another in memory (the same parameters, no second copy).
+            ``auto``: fused where the model is made of plain linear layers and norms, without hooks, adapters
+            or quantisation; else modules; what it is is looked at anew in each generation. Both runtimes give
+            the same tokens in float32; in bfloat16 they round sums of another order (docs/performance.md).
+            None: ``auto``, or what an earlier patch of this model said.
 
     Returns:
         The same model. LLaDA has a method ``generate`` with :func:`generate`'s arguments, Dream
@@ -27,6 +35,20 @@ def patch(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError, ValueError: not a supported model, or a configuration that its family does not cover;
-            the message lists what is supported. The model is then as it was.
+            the message lists what is supported. A runtime that is not one of these, or ``fused`` where the
+            model is not made so. The model is then as it was.
     """
-    return registry.patch(model, METHODS)
+    if runtime is not None and runtime not in RUNTIMES:
+        raise ValueError(f"runtime={runtime!r}; takes one of {', '.join(RUNTIMES)}")
+    if runtime == "fused":
+        inner = registry.unwrapped(model)
+        family = registry.find_family(inner)
+        choose_runtime(runtime, family, family.parts(inner))
+    return registry.patch(model, METHODS, runtime)
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Restores a patched model exactly. A model that is not patched is returned as it is."""
+    if registry.is_patched(model):
+        part_weights(registry.patched_family(model).parts(registry.unwrapped(model)))
+    return registry.unpatch(model)

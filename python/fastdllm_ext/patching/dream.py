@@ -23,6 +23,7 @@ class Dream(Family):
     """
 
     model_type = "dream"
+    rms_norms: ClassVar = {"RMSNorm": "eps", "DreamRMSNorm": "variance_epsilon"}
     checkpoints: ClassVar = {
         "Dream-org/Dream-v0-Base-7B": _VERIFIED,
         "Dream-org/Dream-v0-Instruct-7B": _VERIFIED,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Parts:
-    """A model's own modules, in the order in which a forward runs them."""
+    """A model's own modules, in the order in which a forward runs them.
+
+    The head may be the embedding, whose weight then serves twice.
+    """
 
     embedding: nn.Module
     layers: tuple[Layer, ...]
     norm: nn.Module
-    head: Callable[[Tensor], Tensor]
+    head: nn.Module
 
 
 class Family(ABC):
@@ -70,6 +73,8 @@ class Family(ABC):
         samples_first: confidence is taken after temperature, top-p and top-k; without it, temperature
             is noise on the candidate alone and there is no top-p or top-k.
         generate_name: the model's method that a patch provides.
+        rms_norms: classes of norm modules that compute what ``ops.rms_norm`` does, by name, and the attribute
+            of each that holds eps.
     """
 
     model_type: str
@@ -78,6 +83,7 @@ class Family(ABC):
     shift: bool = False
     samples_first: bool = False
     generate_name: str = "generate"
+    rms_norms: ClassVar[Mapping[str, str]]
 
     @abstractmethod
     def recognises(self, model: Any) -> bool:

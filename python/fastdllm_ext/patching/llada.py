@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from fastdllm_ext.patching.family import Family, Geometry, Layer, Parts, require, special_tokens
 
 # Configuration keys that change the computation in ways this file does not follow.
@@ -36,6 +33,7 @@ class LLaDA(Family):
     """LLaDA-8B Base and Instruct, LLaDA-1.5. Logits of position i come from row i."""
 
     model_type = "llada"
+    rms_norms: ClassVar = {"RMSNorm": "eps", "RMSLayerNorm": "eps"}
     checkpoints: ClassVar = {
         "GSAI-ML/LLaDA-8B-Base": _VERIFIED,
         "GSAI-ML/LLaDA-8B-Instruct": _VERIFIED,
@@ -70,14 +68,11 @@ class LLaDA(Family):
             # Offloaded: the weight is there while the embedding runs, not while it serves as the head.
             raise ValueError("model: a tied embedding (weight_tying) is offloaded; takes one on a device")
 
-        def tied_head(hidden: Tensor) -> Tensor:
-            return F.linear(hidden, t.wte.weight)
-
         return Parts(
             embedding=t.wte,
             layers=tuple(
                 Layer(**{part: getattr(block, name) for part, name in _MODULES.items()}) for block in t.blocks
             ),
             norm=t.ln_f,
-            head=tied_head if model.config.weight_tying else t.ff_out,
+            head=t.wte if model.config.weight_tying else t.ff_out,
         )

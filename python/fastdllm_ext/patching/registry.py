@@ -29,6 +29,7 @@ class Patch:
 
     family: Family
     replaced: Any = None  # an instance attribute that stood in the place of the method
+    runtime: Any = "auto"  # how forwards are computed (``runtime.RUNTIMES``)
 
 
 def supported_models() -> dict[str, dict[str, str]]:
@@ -64,22 +65,25 @@ def find_family(model: nn.Module) -> Family:
     )
 
 
-def patch(model: nn.Module, methods: Mapping[str, Callable[..., Any]]) -> nn.Module:
-    """Gives a model its family's method of ``methods``. Idempotent.
+def patch(
+    model: nn.Module, methods: Mapping[str, Callable[..., Any]], runtime: str | None = None
+) -> nn.Module:
+    """Gives a model its family's method of ``methods``, and a runtime where one is named. Idempotent.
 
     Raises:
         TypeError, ValueError: not a supported model, or a configuration that its family does not cover;
             the model is then as it was.
     """
     inner = unwrapped(model)
-    if is_patched(inner):
-        return model
-    family = find_family(inner)
-    family.geometry(inner)  # refuses what it cannot run, before anything is changed
-    family.parts(inner)
-    name = family.generate_name
-    inner.__dict__[_MARK] = Patch(family, inner.__dict__.get(name))
-    inner.__dict__[name] = _bound(methods[name], inner)
+    if not is_patched(inner):
+        family = find_family(inner)
+        family.geometry(inner)  # refuses what it cannot run, before anything is changed
+        family.parts(inner)
+        name = family.generate_name
+        inner.__dict__[_MARK] = Patch(family, inner.__dict__.get(name))
+        inner.__dict__[name] = _bound(methods[name], inner)
+    if runtime is not None:
+        inner.__dict__[_MARK].runtime = runtime
     return model
 
 
@@ -115,3 +119,8 @@ def patched_family(model: nn.Module) -> Family:
         find_family(unwrapped(model))  # an unsupported model is the better complaint
         raise ValueError(f"model={type(model).__name__} is not patched; call fastdllm_ext.patch(model) first")
     return unwrapped(model).__dict__[_MARK].family
+
+
+def patched_runtime(model: nn.Module) -> Any:
+    """The runtime that a patched model's :func:`patch` asked for."""
+    return unwrapped(model).__dict__[_MARK].runtime

@@ -1,0 +1,194 @@
+"""A forward through fused operations, from the model's own weights.
+
+    n = rms_norm(x)                                   of the first layer
+    for each layer:
+        q, k, v = split(qkv n)                        one product
+        a = attention(rope(q), rope(k), v)            rotation and write to pages in one
+        x += o a;  n = rms_norm(x)                    sum and norm in one
+        x += down(silu(gate n) * (up n));  n = rms_norm(x)     of the next layer, or the final one
+
+The last layer's attention, and all that follows it, is computed for the outputs that are wanted alone: at a
+refresh these are few of the row's positions. What is as wide as the MLP exists for `CHUNK` tokens at a time,
+so that a long row needs little more memory than its residual stream and queries.
+
+Every value is rounded where the modules round it. In float32 both runtimes differ by the order of sums alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fastdllm_ext import ops
+from fastdllm_ext.forward import Attention
+from fastdllm_ext.patching.family import Family, Layer, Parts
+from fastdllm_ext.runtime.weights import join, part
+from fastdllm_ext.runtime.widths import Widths
+
+CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Product:
+    """x W^T + b."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @staticmethod
+    def of(*modules: Any) -> Product:
+        """Of linear modules side by side: their parameters become slices of one tensor."""
+        biases = [m.bias for m in modules]
+        return Product(join([m.weight for m in modules]), None if biases[0] is None else join(biases))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., k] -> [..., n]."""
+        return ops.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The weight and eps of an RMSNorm."""
+
+    weight: Tensor
+    eps: float
+
+
+class Fused:
+    """See ``Runtime``. Takes a model of which :func:`why_not_fused` has nothing to say."""
+
+    def __init__(self, family: Family, parts: Parts) -> None:
+        def norm(module: Any) -> Norm:
+            return Norm(module.weight, getattr(module, family.rms_norms[type(module).__name__]))
+
+        self.embedding, self.layers = parts.embedding, parts.layers
+        self.qkv = [Product.of(layer.q, layer.k, layer.v) for layer in parts.layers]
+        self.o = [Product.of(layer.o) for layer in parts.layers]
+        self.gate_up = [Product.of(layer.gate, layer.up) for layer in parts.layers]
+        self.down = [Product.of(layer.down) for layer in parts.layers]
+        self.mlp_norms = [norm(layer.mlp_norm) for layer in parts.layers]
+        # The norm before each layer's attention, and the one after the last layer.
+        self.norms = [*(norm(layer.attn_norm) for layer in parts.layers), norm(parts.norm)]
+        head: Any = parts.head
+        self.head = Product(head.weight, getattr(head, "bias", None))
+        q, k, v = (
+            module.out_features for module in (parts.layers[0].q, parts.layers[0].k, parts.layers[0].v)
+        )
+        self.widths = [q, k, v]
+
+    def hidden(self, input_ids: Tensor, attend: Attention) -> Tensor:
+        """[T] int64 -> [W, hidden] after the final norm."""
+        x = self.embedding(input_ids)
+        first = self.norms[0]
+        q = _gather(
+            self._queries(attend, 0, ops.rms_norm(x[rows], first.weight, first.eps), rows)
+            for rows in _chunks(x)
+        )
+        for i in range(len(self.layers)):
+            is_last = i == len(self.layers) - 1
+            if is_last:
+                wanted = attend.layout.wanted
+                q, x = q[wanted], x[wanted]
+            a = attend.read(i, q, wanted=is_last)
+            del q  # or the largest moment would hold it too
+            q = _gather(self._layer(attend, i, a, x, rows) for rows in _chunks(x))
+            del a
+        return q
+
+    def _queries(self, attend: Attention, i: int, n: Tensor, rows: slice) -> Tensor:
+        """Stores keys and values of layer i from the norm of its input; its queries."""
+        q, k, v = self.qkv[i](n).split(self.widths, dim=-1)
+        return attend.write(i, q, k, v, rows)
+
+    def _layer(self, attend: Attention, i: int, a: Tensor, x: Tensor, rows: slice) -> Tensor:
+        """What follows the attention of layer i, for some rows of x: changes them; the next layer's queries.
+
+        After the last layer: the final norm.
+        """
+        norm, after, x = self.mlp_norms[i], self.norms[i + 1], x[rows]
+        n = ops.add_rms_norm(self.o[i](a[rows]), x, norm.weight, norm.eps)
+        n = ops.linear_silu_mul(n, self.gate_up[i].weight, self.gate_up[i].bias)
+        n = ops.add_rms_norm(self.down[i](n), x, after.weight, after.eps)
+        return n if i == len(self.layers) - 1 else self._queries(attend, i + 1, n, rows)
+
+    @staticmethod
+    def activation_bytes(widths: Widths, tokens: int) -> int:
+        """At the peak of a forward."""
+        w, chunk = widths, min(tokens, CHUNK)
+        project = w.hidden + 2 * w.q + 2 * w.kv  # the norm, q, k and v in one, q rotated
+        # Of all tokens x, and what attention found; of the chunks before the last, the next layer's queries.
+        layer = tokens * (w.hidden + w.q) + (tokens - chunk) * w.q
+        layer += chunk * max(w.hidden + 3 * w.inner, 2 * w.hidden + w.inner, project)
+        gather = tokens * (w.hidden + 3 * w.q) if tokens > chunk else 0
+        return w.size * max(layer, gather)
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    return (slice(begin, begin + CHUNK) for begin in range(0, len(x), CHUNK))
+
+
+def _gather(parts: Iterator[Tensor]) -> Tensor:
+    found = list(parts)
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def part_weights(parts: Parts) -> None:
+    """Gives every parameter that :class:`Fused` joined with others memory of its own again."""
+    for layer in parts.layers:
+        for modules in ((layer.q, layer.k, layer.v), (layer.gate, layer.up)):
+            for name in ("weight", "bias"):
+                found: list[Any] = [getattr(module, name, None) for module in modules]
+                if all(type(p) is nn.Parameter for p in found):
+                    part(found)
+
+
+def why_not_fused(family: Family, parts: Parts) -> str | None:
+    """What about the model, as it is now, the fused runtime cannot do; None where there is nothing."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "torch has global forward hooks"
+    layers = [{f.name: getattr(layer, f.name) for f in fields(Layer)} for layer in parts.layers]
+    norms = [parts.norm, *(layer[name] for layer in layers for name in ("attn_norm", "mlp_norm"))]
+    linear = [layer[name] for layer in layers for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    if not isinstance(parts.head, nn.Embedding):
+        linear.append(parts.head)
+    for module in norms:
+        is_known = type(module).__name__ in family.rms_norms and not isinstance(module, nn.RMSNorm)
+        if (
+            not is_known
+            or getattr(module, "weight", None) is None
+            or getattr(module, "bias", None) is not None
+        ):
+            return f"{_name(module)} is not one of the norms {', '.join(family.rms_norms)}"
+    for module in linear:
+        if type(module) is not nn.Linear:
+            return f"{_name(module)} stands in the place of torch.nn.Linear"
+    for module in (parts.embedding, parts.head, *norms, *linear):
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"a {_name(module)} has a hook, or a forward of its own"
+    weights = [
+        p
+        for module in (*norms, *linear)
+        for p in (module.weight, module.bias if hasattr(module, "bias") else None)
+    ]
+    found = [p for p in weights if p is not None]
+    for p in found:
+        if type(p.data) is not Tensor or not p.is_contiguous():
+            return "a weight is not a plain contiguous tensor"
+        if p.device.type == "cpu" and p.is_shared():
+            return "its weights are shared between processes"
+    if len({(p.dtype, p.device) for p in found}) > 1:
+        return "its weights have several dtypes or devices"
+    for layer in layers:
+        for names in (("q", "k", "v"), ("gate", "up")):
+            if len({layer[name].bias is None for name in names}) > 1:
+                return f"of {', '.join(names)} some have a bias and some have none"
+    return None
+
+
+def _name(module: object) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
