@@ -12,6 +12,8 @@ import test_unmask
 from fastdllm_ext import ops
 
 NAMES = [name for name in ops.__all__ if name.islower()]
+# Those that have a CUDA kernel of ours.
+LAUNCHED = [name for name in NAMES if name not in ("linear", "linear_silu_mul")]
 
 
 def arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
@@ -28,4 +30,6 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     if name == "copy_pages":
         return torch.randn(3, 9, 2, 16, 8).to(dtype), torch.tensor([0, 8, 0]), torch.tensor([4, 1, 5])
     x, y, weight = torch.randn(5, 200).to(dtype), torch.randn(5, 200).to(dtype), torch.rand(200).to(dtype)
+    if name.startswith("linear"):
+        return x, torch.randn(48, 200).to(dtype), torch.randn(48).to(dtype)
     return {"rms_norm": (x, weight, 1e-5), "add_rms_norm": (x, y, weight, 1e-5), "silu_mul": (x, y)}[name]

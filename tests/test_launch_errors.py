@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from backends import COMPILED, Backend, emulator
-from calls import NAMES, arguments
+from calls import LAUNCHED, arguments
 
 on_cuda_kernels = pytest.mark.parametrize("backend", [x for x in COMPILED if x.values[0].is_cuda])
 
 
 @pytest.mark.skipif(emulator is None, reason="built without FASTDLLM_SIMT; see `make test`")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_names_the_operation_and_all_shapes(name: str) -> None:
     assert emulator is not None
     args = arguments(name)

@@ -67,6 +67,18 @@ struct SiluMulParams {
   Dtype dtype;
 };
 
+// out = x weight^T + bias, summed in float32 and rounded once. Where gated, out = silu(gate) * up of the gate
+// and up that the two halves of the weight give, each rounded; silu and the product are rounded again.
+struct LinearParams {
+  const void* x;      // [rows, k], x_stride between rows
+  const void* weight; // [n, k], weight_stride between rows; gated: [2 n, k], the gate's rows, then the up's
+  const void* bias;   // [n], gated: [2 n], or nullptr
+  void* out;          // [rows, n] contiguous
+  int64_t rows, n, k, x_stride, weight_stride;
+  bool gated;
+  Dtype dtype;
+};
+
 // Copies page src[i] over page dst[i] in every one of `outer` pools that lie outer_stride_bytes apart.
 struct CopyPagesParams {
   void* pages;

@@ -24,9 +24,13 @@ namespace fastdllm::cpu {
   void score_logits(const UnmaskParams&, int64_t, int64_t);                                                  \
   void rms_norm(const RmsNormParams&, int64_t, int64_t);                                                     \
   void silu_mul(const SiluMulParams&, int64_t, int64_t);                                                     \
+  void linear(const LinearParams&, int64_t, int64_t);                                                        \
   }
 #define FASTDLLM_ENTRY(isa)                                                                                  \
-  Kernels { #isa, isa::rope_write_kv, isa::paged_attention, isa::score_logits, isa::rms_norm, isa::silu_mul }
+  Kernels {                                                                                                  \
+    #isa, isa::rope_write_kv, isa::paged_attention, isa::score_logits, isa::rms_norm, isa::silu_mul,         \
+        isa::linear                                                                                          \
+  }
 
 FASTDLLM_DECLARE(portable)
 #ifdef FASTDLLM_X86
@@ -125,6 +129,11 @@ bool set_isa(const char* name) {
 int64_t paged_attention_items(const PagedAttentionParams& p) {
   const int64_t rows = p.max_seqlen_q * (p.q_heads / p.kv_heads);
   return p.sequences * p.kv_heads * ((rows + kAttentionTileRows - 1) / kAttentionTileRows);
+}
+
+int64_t linear_items(const LinearParams& p) {
+  const int64_t columns = (p.gated ? 1 : 2) * kLinearBandRows;
+  return (p.n + columns - 1) / columns;
 }
 
 void* scratch(int64_t bytes) {

@@ -15,15 +15,22 @@ struct Kernels {
   void (*score_logits)(const UnmaskParams&, int64_t begin, int64_t end);
   void (*rms_norm)(const RmsNormParams&, int64_t begin, int64_t end); // items: rows
   void (*silu_mul)(const SiluMulParams&, int64_t begin, int64_t end); // items: rows
+  void (*linear)(const LinearParams&, int64_t begin, int64_t end);
 };
 
 // Work items of each kernel.
 inline int64_t rope_write_kv_items(const RopeWriteKvParams& p) { return p.tokens; }
 int64_t paged_attention_items(const PagedAttentionParams& p);
 inline int64_t score_logits_items(const UnmaskParams& p) { return p.logit_rows; }
+int64_t linear_items(const LinearParams& p);
 
 // The query tile of paged_attention: rows of (query, head of the group) that share a pass over the keys.
 inline constexpr int64_t kAttentionTileRows = 64;
+// An item of linear is two bands of so many rows of the weight: where gated one of the gate's and one of the
+// up's, else neighbours.
+inline constexpr int64_t kLinearBandRows = 16;
+// The most rows of x that linear multiplies faster than a matrix multiplication for many.
+inline constexpr int64_t kLinearRows = 128;
 
 // Memory of the calling thread, 64-byte aligned, grown on demand and kept; what it holds is lost on return.
 void* scratch(int64_t bytes);

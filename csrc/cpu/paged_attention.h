@@ -3,27 +3,13 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/multiply.h"
 
 namespace fastdllm::cpu::FASTDLLM_ISA {
 namespace {
 
-// 32 bits of an inner product: a float32 or two bfloat16.
-typedef uint32_t Word __attribute__((may_alias));
-
 constexpr float kLog2e = 0x1.715476p+0f;
 constexpr float kMinusInfinity = -__builtin_inff();
-
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-inline U32 load_words(const Word* p) {
-  U32 r;
-  __builtin_memcpy(&r, p, sizeof r);
-  return r;
-}
-
-inline void store_words(Word* p, U32 x) { __builtin_memcpy(p, &x, sizeof x); }
 
 // Rows [first_row, first_row + rows) of one sequence and KV head; a row is (query, head of the group), the
 // head running faster.

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cpu/paged_attention.h"
+#include "cpu/tiles.h"
 
 namespace fastdllm::cpu::FASTDLLM_ISA {
 namespace {
@@ -17,34 +18,8 @@ namespace amx {
 
 constexpr int kHeadDimMultiple = 32;
 constexpr int kBlockKeys = 256;
-constexpr int kTile = 16;     // rows of every tile; a row is 64 bytes
 constexpr int kTileKeys = 32; // keys that a multiplication with V sums over
 constexpr int kPairRows = 2 * kTile;
-
-struct TileConfig {
-  uint8_t palette = 1, start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-static_assert(sizeof(TileConfig) == 64);
-
-// The intrinsics do not tell the compiler which memory they read.
-inline void memory_barrier() { asm volatile("" ::: "memory"); }
-
-// Owns the thread's tiles: eight of 16 rows of 64 bytes.
-struct Tiles {
-  Tiles() {
-    TileConfig config;
-    for (int i = 0; i < 8; ++i) {
-      config.row_bytes[i] = 64;
-      config.rows[i] = kTile;
-    }
-    memory_barrier();
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-};
 
 struct Scratch {
   Word* q;        // [strip][word of head_dim][16 rows]
@@ -77,39 +52,6 @@ inline Scratch carve(int64_t head_dim) {
   r.total = (float*)take(kRows);
   r.rescale = (float*)take(kPairRows);
   return r;
-}
-
-// x[i][j] <-> x[j][i]
-inline void transpose(__m512i (&x)[16]) {
-  constexpr __mmask16 all = kAllLanes;
-  __m512i y[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    y[i] = _mm512_maskz_unpacklo_epi32(all, x[i], x[i + 1]);
-    y[i + 1] = _mm512_maskz_unpackhi_epi32(all, x[i], x[i + 1]);
-  }
-  // x[4 g + c]: column c of each 128 bits, rows 4 g ... 4 g + 3
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    x[i] = _mm512_maskz_unpacklo_epi64(0xff, y[i], y[i + 2]);
-    x[i + 1] = _mm512_maskz_unpackhi_epi64(0xff, y[i], y[i + 2]);
-    x[i + 2] = _mm512_maskz_unpacklo_epi64(0xff, y[i + 1], y[i + 3]);
-    x[i + 3] = _mm512_maskz_unpackhi_epi64(0xff, y[i + 1], y[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512i a = _mm512_maskz_shuffle_i32x4(all, x[c], x[4 + c], 0x88);
-    const __m512i b = _mm512_maskz_shuffle_i32x4(all, x[c], x[4 + c], 0xdd);
-    const __m512i e = _mm512_maskz_shuffle_i32x4(all, x[8 + c], x[12 + c], 0x88);
-    const __m512i f = _mm512_maskz_shuffle_i32x4(all, x[8 + c], x[12 + c], 0xdd);
-    y[c] = _mm512_maskz_shuffle_i32x4(all, a, e, 0x88);
-    y[8 + c] = _mm512_maskz_shuffle_i32x4(all, a, e, 0xdd);
-    y[4 + c] = _mm512_maskz_shuffle_i32x4(all, b, f, 0x88);
-    y[12 + c] = _mm512_maskz_shuffle_i32x4(all, b, f, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i)
-    x[i] = y[i];
 }
 
 // Two keys of one row as a word, the even one below.

@@ -12,12 +12,6 @@
 namespace fastdllm::cpu::FASTDLLM_ISA {
 namespace {
 
-inline F32 silu(F32 x) {
-  const I32 is_negative = x < F32{};
-  const F32 m = exp(select(is_negative, x, -x));
-  return select(is_negative, x * m, x) / (broadcast(1.0f) + m);
-}
-
 template <class T> void silu_times(const SiluMulParams& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* gate = static_cast<const T*>(p.gate) + row * p.gate_stride;

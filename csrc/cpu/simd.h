@@ -236,5 +236,49 @@ inline F32 exp(F32 x) {
   return exp2_parts<5>(n, r * broadcast(0x1.715476p+0f), x * broadcast(0x1.715476p+0f));
 }
 
+// x / (1 + e^-x)
+inline F32 silu(F32 x) {
+  const I32 is_negative = x < F32{};
+  const F32 m = exp(select(is_negative, x, -x));
+  return select(is_negative, x * m, x) / (broadcast(1.0f) + m);
+}
+
+// ---------------------------------------------------------------------------------------------- over vectors
+
+#if defined(__AVX512F__)
+// x[i][j] <-> x[j][i]
+inline void transpose(__m512i (&x)[16]) {
+  constexpr __mmask16 all = kAllLanes;
+  __m512i y[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_maskz_unpacklo_epi32(all, x[i], x[i + 1]);
+    y[i + 1] = _mm512_maskz_unpackhi_epi32(all, x[i], x[i + 1]);
+  }
+  // x[4 g + c]: column c of each 128 bits, rows 4 g ... 4 g + 3
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = _mm512_maskz_unpacklo_epi64(0xff, y[i], y[i + 2]);
+    x[i + 1] = _mm512_maskz_unpackhi_epi64(0xff, y[i], y[i + 2]);
+    x[i + 2] = _mm512_maskz_unpacklo_epi64(0xff, y[i + 1], y[i + 3]);
+    x[i + 3] = _mm512_maskz_unpackhi_epi64(0xff, y[i + 1], y[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_maskz_shuffle_i32x4(all, x[c], x[4 + c], 0x88);
+    const __m512i b = _mm512_maskz_shuffle_i32x4(all, x[c], x[4 + c], 0xdd);
+    const __m512i e = _mm512_maskz_shuffle_i32x4(all, x[8 + c], x[12 + c], 0x88);
+    const __m512i f = _mm512_maskz_shuffle_i32x4(all, x[8 + c], x[12 + c], 0xdd);
+    y[c] = _mm512_maskz_shuffle_i32x4(all, a, e, 0x88);
+    y[8 + c] = _mm512_maskz_shuffle_i32x4(all, a, e, 0xdd);
+    y[4 + c] = _mm512_maskz_shuffle_i32x4(all, b, f, 0x88);
+    y[12 + c] = _mm512_maskz_shuffle_i32x4(all, b, f, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i)
+    x[i] = y[i];
+}
+#endif
+
 } // namespace
 } // namespace fastdllm::cpu::FASTDLLM_ISA

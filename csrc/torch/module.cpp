@@ -75,6 +75,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("name"), "Use another instruction set from cpu_isas().");
 
+  m.attr("few_rows") = fastdllm::cpu::kLinearRows; // that ops.linear multiplies with a kernel of ours
+
   m.attr("built_for_torch") = FASTDLLM_TORCH_VERSION;
   m.attr("build_type") = FASTDLLM_BUILD_TYPE;
   m.attr("cuda_built") = fastdllm::cuda::built();

@@ -9,9 +9,12 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include "core/params.h"
 #include "cpu/kernels.h"
@@ -524,6 +527,67 @@ Tensor silu_mul(const Tensor gate, const Tensor up) {
   return out;
 }
 
+#ifndef FASTDLLM_SIMT
+Tensor torch_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The weight of a gated product is that of the gate, then that of the up.
+Tensor multiply(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                bool gated) {
+  const Checker is{op, x};
+  const bool is_half = x.scalar_type() == ScalarType::Half;
+  const Dtype dtype = is_half && !gated ? Dtype::kFloat16 : is.dtype(x, "x");
+  check(x.dim() >= 1, op, ": x is a scalar; takes [..., k]");
+  const int64_t k = x.size(-1);
+  check(k > 0, op, ": x has shape ", shape_text(x), "; takes rows of 1 or more");
+  is.shape(weight, "weight", {kAny, k});
+  is.device(weight, "weight");
+  is.same_dtype(weight, "weight");
+  check(k == 1 || weight.stride(1) == 1, op, ": weight has strided columns");
+  check(!gated || weight.size(0) % 2 == 0, op, ": weight has ", weight.size(0),
+        " rows; takes those of the gate and as many of the up");
+  if (bias)
+    is.tensor(*bias, "bias", x.scalar_type(), "that of x", {weight.size(0)});
+  const int64_t n = weight.size(0) / (gated ? 2 : 1), rows = x.numel() / k, x_stride = is.row_stride(x, "x");
+  if (for_cuda(x) || is_half || rows > fastdllm::cpu::kLinearRows) {
+    // oneDNN reads what lies between strided rows of odd length: NaN there would reach the result.
+    const bool is_dense = for_cuda(x) || x_stride == k;
+    Tensor out = torch_linear(is_dense ? x : torch::stable::contiguous(x), weight, bias);
+    return gated ? silu_mul(torch::stable::narrow(out, -1, 0, n), torch::stable::narrow(out, -1, n, n)) : out;
+  }
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = n;
+  Tensor out = torch::stable::new_empty(x, shape);
+  const fastdllm::LinearParams params{.x = x.const_data_ptr(),
+                                      .weight = weight.const_data_ptr(),
+                                      .bias = bias ? bias->const_data_ptr() : nullptr,
+                                      .out = out.mutable_data_ptr(),
+                                      .rows = rows,
+                                      .n = n,
+                                      .k = k,
+                                      .x_stride = x_stride,
+                                      .weight_stride = weight.stride(0),
+                                      .gated = gated,
+                                      .dtype = dtype};
+  if (rows > 0)
+    run_cpu(fastdllm::cpu::kernels().linear, params, fastdllm::cpu::linear_items(params),
+            (5 + 0.2 * rows) * k);
+  return out;
+}
+
+Tensor linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bias) {
+  return multiply("linear", x, weight, bias, false);
+}
+
+Tensor linear_silu_mul(const Tensor x, const Tensor weight, const std::optional<Tensor> bias) {
+  return multiply("linear_silu_mul", x, weight, bias, true);
+}
+#endif
+
 void copy_pages(Tensor pages, const Tensor src, const Tensor dst) {
   const char* op = "copy_pages";
   const Checker is{op, pages};
@@ -570,6 +634,10 @@ FASTDLLM_TORCH_LIBRARY(FASTDLLM_LIBRARY, m) {
   m.def("add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
   m.def("copy_pages(Tensor(a!) pages, Tensor src, Tensor dst) -> ()");
+#ifndef FASTDLLM_SIMT
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def("linear_silu_mul(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+#endif
 }
 
 #define FASTDLLM_REGISTER(m)                                                                                 \
@@ -579,7 +647,15 @@ FASTDLLM_TORCH_LIBRARY(FASTDLLM_LIBRARY, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));                                                                  \
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));                                                          \
   m.impl("silu_mul", TORCH_BOX(&silu_mul));                                                                  \
-  m.impl("copy_pages", TORCH_BOX(&copy_pages))
+  m.impl("copy_pages", TORCH_BOX(&copy_pages));                                                              \
+  FASTDLLM_REGISTER_LINEAR(m)
+#ifdef FASTDLLM_SIMT // they have no CUDA kernels of ours
+#define FASTDLLM_REGISTER_LINEAR(m)
+#else
+#define FASTDLLM_REGISTER_LINEAR(m)                                                                          \
+  m.impl("linear", TORCH_BOX(&linear));                                                                      \
+  m.impl("linear_silu_mul", TORCH_BOX(&linear_silu_mul))
+#endif
 
 FASTDLLM_TORCH_LIBRARY_IMPL(FASTDLLM_LIBRARY, CPU, m) { FASTDLLM_REGISTER(m); }
 FASTDLLM_TORCH_LIBRARY_IMPL(FASTDLLM_LIBRARY, CUDA, m) { FASTDLLM_REGISTER(m); }

@@ -21,6 +21,8 @@ __all__ = [
     "Score",
     "add_rms_norm",
     "copy_pages",
+    "linear",
+    "linear_silu_mul",
     "paged_attention",
     "rms_norm",
     "rope_write_kv",
@@ -246,6 +248,42 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return _ops.silu_mul(gate, up)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias, summed in float32 and rounded once, after the bias.
+
+    On the CPU, for float32 and bfloat16 and up to ``_C.few_rows`` rows, which is what a block step has, a
+    kernel that reads the weight once and as it lies. There the bits of a row depend on nothing but the row,
+    the weight and the bias: not on the other rows, how many there are, or the threads. The tile unit and
+    vdpbf16ps take denormal numbers as zero. More rows, float16 and CUDA go to torch's own ``linear``.
+
+    Args:
+        x: [..., k] float32, bfloat16 or float16, k at least 1; rows may be strided, evenly.
+        weight: [n, k], the same dtype; rows may be strided: some rows of a fused weight.
+        bias: [n] or None, the same dtype.
+
+    Returns:
+        [..., n] contiguous.
+    """
+    return _ops.linear(x, weight, bias)
+
+
+def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """silu(gate) · up of the halves of ``linear(x, weight, bias)``, without writing those.
+
+    gate and up are rounded to the dtype, then everything is as in :func:`silu_mul`. The bits are those of the
+    two operations one after the other; what :func:`linear` says of them and of other devices holds here.
+
+    Args:
+        x: [..., k] float32, bfloat16 (float16 on CUDA), k at least 1; rows may be strided, evenly.
+        weight: [2 n, k], the same dtype: the n rows of the gate, then those of the up.
+        bias: [2 n] or None, the same dtype.
+
+    Returns:
+        [..., n] contiguous.
+    """
+    return _ops.linear_silu_mul(x, weight, bias)
+
+
 def copy_pages(pages: Tensor, src: Tensor, dst: Tensor) -> None:
     """Copies page ``src[i]`` over page ``dst[i]`` in each of the outer pools, in place.
 
@@ -286,6 +324,16 @@ def _(x, residual, weight, eps):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("fastdllm_ext::silu_mul")
 def _(gate, up):  # type: ignore[no-untyped-def]
     return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("fastdllm_ext::linear")
+def _(x, weight, bias=None):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("fastdllm_ext::linear_silu_mul")
+def _(x, weight, bias=None):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
 
 
 @torch.library.register_fake("fastdllm_ext::copy_pages")

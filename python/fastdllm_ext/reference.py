@@ -246,6 +246,21 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, compute: torch.dtype = torch.float32
+) -> Tensor:
+    """x weightᵀ + bias. See ``ops.linear``."""
+    y = x.to(compute) @ weight.to(compute).T
+    return (y if bias is None else y + bias.to(compute)).to(x.dtype)
+
+
+def linear_silu_mul(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, compute: torch.dtype = torch.float32
+) -> Tensor:
+    """silu_mul of the halves of linear. See ``ops.linear_silu_mul``."""
+    return silu_mul(*linear(x, weight, bias, compute=compute).chunk(2, dim=-1))
+
+
 def copy_pages(pages: Tensor, src: Tensor, dst: Tensor) -> None:
     """Copies page ``src[i]`` over page ``dst[i]`` in every pool. See ``ops.copy_pages``."""
     pages[:, dst] = pages[:, src]
