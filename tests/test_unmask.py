@@ -107,6 +107,11 @@ class Batch:
         twin.cu_rows = torch.arange(count + 1, dtype=torch.int32) * every
         return twin
 
+    def finite(self) -> Batch:
+        """Random numbers where the logits are NaN."""
+        self.logits = torch.where(self.logits.isnan(), torch.randn(self.logits.shape), self.logits)
+        return self
+
     def assert_same_bits(self, other: Batch) -> None:
         for name in ("tokens", "step_map", "confidence", "rows"):
             assert torch.equal(getattr(self, name), getattr(other, name)), name

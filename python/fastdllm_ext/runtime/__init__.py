@@ -1,0 +1,1 @@
+"""What makes a step of the decoding loop quick on a GPU."""
