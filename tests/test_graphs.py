@@ -472,6 +472,7 @@ def test_gpu_a_failed_capture_does_no_harm() -> None:
     assert (taken.iterations, taken.rung) == (steps, Rung.EAGER)
     assert_same_bits(taken.step.result(), wanted)
     assert torch.cuda.current_stream() == current
+    assert torch.rand(5, device="cuda").isfinite().all(), "torch's generators are not taken to be captured"
     for key in ("before", "after"):
         taken = run_on_gpu(graphs, batch, key=key)
         assert taken.rung == Rung.BLOCK

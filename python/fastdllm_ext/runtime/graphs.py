@@ -314,7 +314,7 @@ class CudaGraphs:
                         cause = error  # the end of the capture fails with an error of its own
                         raise
         except BaseException:
-            self._give_up_pool()
+            self._recover()
             if cause is not None:
                 raise cause from None
             raise
@@ -327,13 +327,23 @@ class CudaGraphs:
         with torch.cuda.device(self.device):
             return _CudaLoop(captured, rows, cap)
 
-    def _give_up_pool(self) -> None:
-        """After a failed capture: torch may still count it as under way, and lets no other into its pool."""
-        with suppress(Exception), torch.cuda.device(self.device):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
-        self._pool = torch.cuda.graph_pool_handle()
-        with suppress(RuntimeError):
-            torch.cuda.synchronize(self.device)
+    def _recover(self) -> None:
+        """After a failed capture, which torch's allocator and its generators may take to be still under way.
+
+        No other is let into the pool, and random numbers are refused. The first is ended by hand; the second
+        ends with the next capture, and so one is made that cannot fail.
+        """
+        with torch.cuda.device(self.device):
+            with suppress(Exception):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            self._pool = torch.cuda.graph_pool_handle()
+            with suppress(RuntimeError), self._aside():
+                torch.cuda.synchronize()
+                number = torch.zeros(1, device="cuda")
+                with torch.cuda.graph(
+                    torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    number.zero_()
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
