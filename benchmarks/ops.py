@@ -314,7 +314,7 @@ def unmask(bench: Bench, model: Model, dtype: torch.dtype, batch: int) -> Case:
     confidence = torch.zeros((batch, BLOCK), device=bench.device)
     state = torch.zeros((batch, len(Row)), dtype=torch.int64, device=bench.device)
     state[:, Row.RULE], state[:, Row.END] = Rule.THRESHOLD, BLOCK
-    # More masks than steps will be taken, so that every call finds the same work.
+    # More masks than steps will be taken, and all positions are masked again: every call finds the same work.
     for column in (Row.MASKS_LEFT, Row.BLOCK_MASKS, Row.BLOCK_STEPS):
         state[:, column] = 1 << 40
     knobs = torch.zeros((batch, len(Knob)), device=bench.device)
@@ -322,6 +322,7 @@ def unmask(bench: Bench, model: Model, dtype: torch.dtype, batch: int) -> Case:
     eos = torch.tensor([1], device=bench.device)
 
     def ours(turn: int) -> None:
+        tokens.copy_(masked)  # its time counts
         ops.unmask(logits[turn], cu_rows, positions, tokens, step_map, confidence, state, knobs, eos, mask_id)
 
     def float32(turn: int) -> Tensor:

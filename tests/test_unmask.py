@@ -90,6 +90,32 @@ class Batch:
         twin.__dict__ = copy.deepcopy(self.__dict__)
         return twin
 
+    def with_all_positions(self) -> Batch:
+        """The same masks among rows for all positions behind the prompt, whose other logits are NaN."""
+        twin = self.copy()
+        count, width = self.tokens.shape
+        first = int(self.rows[0, Row.FIRST])
+        every = width - first
+        where = [
+            b * every + int(p) - first
+            for b, (begin, end) in enumerate(itertools.pairwise(self.cu_rows.tolist()))
+            for p in self.positions[begin:end]
+        ]
+        twin.logits = torch.full((count * every, self.logits.shape[1]), torch.nan, dtype=self.logits.dtype)
+        twin.logits[where] = self.logits
+        twin.positions = torch.arange(first, width).repeat(count)
+        twin.cu_rows = torch.arange(count + 1, dtype=torch.int32) * every
+        return twin
+
+    def finite(self) -> Batch:
+        """Random numbers where the logits are NaN."""
+        self.logits = torch.where(self.logits.isnan(), torch.randn(self.logits.shape), self.logits)
+        return self
+
+    def assert_same_bits(self, other: Batch) -> None:
+        for name in ("tokens", "step_map", "confidence", "rows"):
+            assert torch.equal(getattr(self, name), getattr(other, name)), name
+
     def assert_same(self, other: Batch, atol: float = 1e-7) -> None:
         for name in ("tokens", "step_map", "rows"):
             assert torch.equal(getattr(self, name), getattr(other, name)), name
@@ -247,6 +273,72 @@ def test_sequences_without_logits_are_left_alone(backend: Backend) -> None:
         assert torch.equal(getattr(batch, name)[1], getattr(before, name)[1])
     assert int(batch.rows[0, Row.STEP]) == 5
     assert int(batch.rows[0, Row.BLOCK_STEP]) == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows of logits whose position holds no mask
+# --------------------------------------------------------------------------------------------------
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"value": 0.01},
+        {"rule": Rule.QUOTA},
+        {"rule": Rule.FACTOR, "value": 1.0, "temperature": 0.8},
+        {"rule": Rule.QUOTA, "rank_temperature": 0.5, "score": Score.MARGIN},
+        {"value": -2.0, "score": Score.ENTROPY, "top_p": 0.9, "top_k": 50},
+    ],
+    ids=str,
+)
+def test_rows_without_a_mask_are_ignored(backend: Backend, setting: dict[str, Any]) -> None:
+    """NaN logits there do not matter, and all else has the bits of a call without them."""
+    for dtype, masks in itertools.product(backend.dtypes, [[4, 1, 0, 3], [0, 11, 2, 0]]):
+        batch = Batch(masks, vocab=8200, dtype=dtype, **setting)
+        whole = batch.with_all_positions()
+        batch.run(backend)
+        whole.run(backend).assert_same_bits(batch)
+        assert whole.rows[:, Row.STEP].tolist() == [4 + (n > 0) for n in masks]
+
+
+@each_backend
+def test_bad_logits_of_a_mask_among_ignored_rows(backend: Backend) -> None:
+    batch = Batch([3, 2], vocab=80)
+    batch.logits[1, 20] = torch.nan
+    whole = batch.with_all_positions()
+    batch.run(backend)
+    whole.run(backend).assert_same_bits(batch)
+    assert whole.rows[:, Row.BAD_LOGITS].tolist() == [1, 0]
+
+
+@each_backend
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_sequences_without_masks_are_left_alone(backend: Backend, top_k: int) -> None:
+    """All of the state, what an earlier call said of bad logits and of the EOS included."""
+    batch = Batch([3, 2], vocab=80, top_k=top_k).with_all_positions()
+    batch.tokens[0, batch.tokens[0] == MASK] = EOS
+    batch.rows[0, Row.BAD_LOGITS], batch.rows[0, Row.EOS_AT] = 2, 9
+    before = batch.copy()
+    batch.run(backend)
+    for name in ("tokens", "step_map", "confidence", "rows"):
+        assert torch.equal(getattr(batch, name)[0], getattr(before, name)[0])
+    assert int(batch.rows[1, Row.STEP]) == 5
+    batch.tokens[1, batch.tokens[1] == MASK] = 20
+    before = batch.copy()
+    batch.run(backend).assert_same_bits(before)
+
+
+@each_backend
+def test_a_block_is_filled_by_calls_of_one_shape(backend: Backend) -> None:
+    """Rows finish at different steps; further calls change nothing."""
+    batch = Batch([9, 4, 1], vocab=80, rule=Rule.QUOTA, block_masks=6, block_steps=3).with_all_positions()
+    batch.logits = torch.randn(batch.logits.shape)
+    for wanted in ([7, 2, 0], [5, 0, 0], [3, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]):
+        batch.run(backend)
+        assert batch.rows[:, Row.MASKS_LEFT].tolist() == wanted
+    assert batch.rows[:, Row.STEP].tolist() == [9, 6, 5]
+    assert not (batch.tokens == MASK).any()
 
 
 @each_backend
@@ -448,6 +540,7 @@ def test_noise_of_ranks_is_its_row_s_own(backend: Backend) -> None:
     """Six sequences with the same logits and positions."""
     batch = Batch([40] * 6, vocab=100, rule=Rule.QUOTA, spread=1.0, stream=5, rank_temperature=1.0)
     batch.logits, batch.positions = batch.logits[:40].repeat(6, 1), batch.positions[:40].repeat(6)
+    batch.tokens = batch.tokens[:1].repeat(6, 1)
     batch.knobs[1, Knob.RANK_TEMPERATURE] = 0.0
     batch.rows[2, Row.STEP] += 1
     batch.rows[3, Row.STREAM] += 1

@@ -161,7 +161,8 @@ Operation unmask(const Model& model, Dtype dtype, int64_t batch) {
     std::vector<int64_t> positions;
     for (int64_t r = 0; r < rows; ++r)
       positions.push_back(r % kBlock);
-    // More masks than steps will be taken, so that every call finds the same work.
+    // More masks than steps will be taken, and all positions are masked again: every call finds the same
+    // work.
     RowState state{};
     state.rule = static_cast<int64_t>(Rule::kThreshold);
     state.end = kBlock;
@@ -172,7 +173,9 @@ Operation unmask(const Model& model, Dtype dtype, int64_t batch) {
     UnmaskParams p{};
     p.cu_rows = data.upload(count_up<int32_t>(batch + 1, kBlock));
     p.positions = data.upload(positions);
-    p.tokens = data.upload(std::vector<int64_t>(rows, model.vocab - 1));
+    const std::vector<int64_t> masks(rows, model.vocab - 1);
+    const int64_t* masked = data.upload(masks);
+    p.tokens = data.upload(masks);
     p.step_map = data.upload(std::vector<int32_t>(rows));
     p.confidence = data.upload(std::vector<float>(rows));
     p.rows = data.upload(std::vector<RowState>(batch, state));
@@ -190,6 +193,7 @@ Operation unmask(const Model& model, Dtype dtype, int64_t batch) {
     p.dtype = dtype;
     p.partials = data.scratch(backend.scratch(p));
     return data.with([=, &backend](int set) {
+      backend.copy(p.tokens, masked, rows * static_cast<int64_t>(sizeof(int64_t))); // its time counts
       UnmaskParams on = p;
       on.logits = logits[set];
       backend.run(on);

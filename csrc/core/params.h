@@ -111,7 +111,7 @@ struct RowState {
   int64_t block_steps; // steps that the block may take (quota)
   int64_t masks_left;  // masks in the block now, lowered by unmask
   int64_t eos_at;      // out: position of the EOS that finishes the row, else -1
-  int64_t bad_logits;  // out: rows of logits with NaN, +inf or no finite candidate; then nothing is committed
+  int64_t bad_logits;  // out: masked rows with NaN, +inf or no finite candidate; then nothing is committed
   int64_t arrivals;    // 0 between calls: the CUDA kernel counts its blocks here
 };
 inline constexpr int64_t kRowFields = sizeof(RowState) / sizeof(int64_t);
@@ -128,8 +128,9 @@ struct RowKnobs {
 inline constexpr int64_t kRowKnobs = sizeof(RowKnobs) / sizeof(float);
 
 // Confidence, candidate, selection, commit, masks left and EOS for every sequence that has rows of logits.
-// Row r of the logits belongs to position positions[r] of its sequence; a sequence without rows is left
-// alone.
+// Row r of the logits belongs to position positions[r] of its sequence. Where that holds no mask the row is
+// ignored: not read, not ranked, not bad. So all positions of a block may be given on every step, as a CUDA
+// graph needs it. A sequence without rows, or with ignored ones only, is left alone.
 //   kept       every token v with l_v >= floor; with z = l / softmax_temperature, the floor is the larger of
 //                top-p: the least l_v such that sum over { l_u > l_v } of softmax(z)_u <= top_p
 //                top-k: the least l_v such that fewer than top_k tokens have a larger logit
@@ -150,7 +151,7 @@ struct UnmaskParams {
   const RowKnobs* knobs;    // [sequences]
   const int64_t* eos_ids;   // [eos_count], may be empty
   int32_t* candidate;       // scratch [logit_rows]
-  float* score;             // scratch [logit_rows]: c, NaN where the logits are bad
+  float* score;             // scratch [logit_rows]: c, NaN where the logits are bad or ignored
   float* floor;             // scratch [logit_rows], or nullptr: every token of every row is kept
   float* partials;          // CUDA: scratch for the parts of rows that are split over blocks
   int64_t logit_rows, sequences, vocab, width, logits_stride, eos_count, mask_id;

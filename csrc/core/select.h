@@ -20,7 +20,13 @@
 
 namespace fastdllm {
 
-// Whether a position of key `a` at index i of its sequence's rows goes before one of key `b` at j.
+// Whether row r of the logits, of sequence b, belongs to a mask; else it is ignored.
+FASTDLLM_HD bool is_masked(const UnmaskParams& p, int64_t b, int64_t r) {
+  return p.tokens[b * p.width + p.positions[r]] == p.mask_id;
+}
+
+// Whether a position of key `a` at index i of its sequence's rows goes before one of key `b` at j. One whose
+// key is NaN goes before none.
 FASTDLLM_HD bool goes_before(float a, int64_t i, float b, int64_t j) { return a > b || (a == b && i < j); }
 
 // What confidence divides the logits by.

@@ -5,11 +5,10 @@
 //   tokens, step_map, confidence  [sequences, width], changed at the committed positions
 //   rows              [sequences]          step, block_step, masks_left, eos_at, bad_logits
 //
-// A work item is a sequence. Rows of logits are few (the masks of a block): sorting them costs nothing beside
-// the pass over the logits. A NaN score means bad logits; such a sequence only gets their number.
+// A work item is a sequence. Rows of logits are few (a block): sorting them costs nothing beside the pass
+// over the logits. A NaN score at a mask means bad logits; such a sequence only gets their number.
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <vector>
 
 #include "core/select.h"
@@ -36,28 +35,32 @@ void commit(const UnmaskParams& p, int64_t begin, int64_t end) {
   std::vector<float> noisy;
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = p.cu_rows[b], count = p.cu_rows[b + 1] - first;
-    if (count <= 0)
+    order.clear();
+    for (int64_t i = 0; i < count; ++i)
+      if (is_masked(p, b, first + i))
+        order.push_back(i);
+    if (order.empty())
       continue;
     RowState& row = p.rows[b];
     const RowKnobs& knobs = p.knobs[b];
     const float* score = p.score + first;
-    row.bad_logits = std::count_if(score, score + count, [](float c) { return std::isnan(c); });
+    row.bad_logits =
+        std::count_if(order.begin(), order.end(), [=](int64_t i) { return std::isnan(score[i]); });
     if (row.bad_logits > 0)
       continue;
 
     const float* key = score;
     if (has_rank_noise(knobs)) {
       noisy.resize(count);
-      for (int64_t i = 0; i < count; ++i)
+      for (int64_t i : order)
         noisy[i] = rank_key(row, knobs.rank_temperature, p.positions[first + i], score[i]);
       key = noisy.data();
     }
-    order.resize(count);
-    std::iota(order.begin(), order.end(), int64_t{0});
     std::sort(order.begin(), order.end(),
               [key](int64_t i, int64_t j) { return goes_before(key[i], i, key[j], j); });
+    const auto masks = static_cast<int64_t>(order.size());
     int64_t committed = 0;
-    for (int64_t rank = 0; rank < count; ++rank) {
+    for (int64_t rank = 0; rank < masks; ++rank) {
       const int64_t i = order[rank], at = b * p.width + p.positions[first + i];
       if (!is_selected(row, knobs.value, rank, score[i]))
         continue;

@@ -1,7 +1,7 @@
 // filter: top-p and top-k of unmask (core/params.h), as one number a row: kept is every l_v >= floor.
 //
 //   logits  [logit_rows, vocab], rows logits_stride apart; float32, bfloat16
-//   floor   [logit_rows], -inf for a sequence that keeps all its tokens
+//   floor   [logit_rows], -inf for an ignored row and for a sequence that keeps all its tokens
 //
 // A work item is a row. Its logits become a heap, and come out of it from the largest down, with the
 // probability and the number of those so far, until they are too many: vocab + kept log(vocab) steps. Sums
@@ -66,7 +66,7 @@ template <class T> void filter_rows(const UnmaskParams& p, int64_t begin, int64_
     if (b == p.sequences)
       return;
     p.floor[r] = -kInfinity;
-    if (!has_top_p(p.knobs[b]) && !has_top_k(p.knobs[b]))
+    if (!is_masked(p, b, r) || (!has_top_p(p.knobs[b]) && !has_top_k(p.knobs[b])))
       continue;
     const T* logits = static_cast<const T*>(p.logits) + r * p.logits_stride;
     bool has_nan = false;

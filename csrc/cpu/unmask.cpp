@@ -3,7 +3,8 @@
 //   score      with z = l / softmax_temperature, w_v = exp(z_v - max z), s = sum_v w_v (mask_id included):
 //                probability w_x / s, margin (w_1st - w_2nd) / s (mask_id excluded),
 //                entropy sum_v w_v (z_v - max z) / s - log s = sum p log p;
-//              NaN where the row holds NaN or +inf, or no finite candidate
+//              NaN where the row holds NaN or +inf, or no finite candidate; and where its position holds no
+//              mask: such a row is not read
 //   Tokens below the row's floor, where it has one, count as -inf.
 //
 //   logits     [logit_rows, vocab], rows logits_stride apart, any alignment; float32, bfloat16, float16
@@ -366,6 +367,10 @@ template <class T> void score_rows(const UnmaskParams& p, int64_t begin, int64_t
       ++b;
     if (b == p.sequences || p.cu_rows[b] > r)
       return;
+    p.candidate[r] = -1;
+    p.score[r] = __builtin_nanf("");
+    if (!is_masked(p, b, r))
+      continue;
     const RowState& row = p.rows[b];
     const Stream stream{static_cast<uint64_t>(row.seed), static_cast<uint32_t>(p.positions[r]),
                         static_cast<uint32_t>(row.step), static_cast<uint32_t>(row.stream)};

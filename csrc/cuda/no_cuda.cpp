@@ -1,4 +1,7 @@
 // Stands in for the CUDA kernels in a build without them.
+#include <stdexcept>
+
+#include "cuda/block_loop.h"
 #include "cuda/kernels.h"
 
 namespace fastdllm::cuda {
@@ -21,5 +24,12 @@ int64_t unmask_partials(const UnmaskParams&) { return 0; }
 const char* rms_norm(const RmsNormParams&, void*) { return kNoCuda; }
 const char* silu_mul(const SiluMulParams&, void*) { return kNoCuda; }
 const char* copy_pages(const CopyPagesParams&, void*) { return kNoCuda; }
+
+struct BlockLoop::Graph {};
+BlockLoop::BlockLoop(void*, const RowState*, int64_t, int64_t*, int64_t) {
+  throw std::runtime_error(kNoCuda);
+}
+BlockLoop::~BlockLoop() = default;
+void BlockLoop::launch(void*) {}
 
 } // namespace fastdllm::cuda

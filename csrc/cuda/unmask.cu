@@ -8,13 +8,14 @@
 //                entropy sum_v w_v (z_v - max z) / s - log s = sum p log p;
 //              NaN where the row holds NaN or +inf, or no finite candidate
 //   Tokens below the row's floor, where it has one, count as -inf.
+//   The blocks of a row whose position holds no mask read none of it; they only arrive.
 //   A thread loads kPerThread tokens at once, vectors of 16 bytes where the row is aligned so, and holds them
 //   in registers for all passes but that of the noise. A warp's tokens become one Partial, the block merges
 //   its warps', and writes it. The block that arrives last at its sequence merges the parts of each row
 //   (kGroup lanes a row), adds the mask's logit, which the parts leave out, ranks the positions by counting
 //   those that go before (core/select.h), commits, looks for the EOS that finishes the row and advances the
-//   state. Nobody waits. Bytes: the logits once, and 24 for each part twice. Sequences without rows of logits
-//   are left alone.
+//   state. Nobody waits. Bytes: the logits of masks once, and 24 for each part twice. Sequences without masks
+//   among their rows are left alone.
 //
 // find_floors: a block per row looks for the floor bit by bit, from the sum and number of the logits that
 // reach a trial floor. Bytes: the logits once per bit of the dtype and twice more, from the L2 cache.
@@ -179,134 +180,10 @@ __device__ __forceinline__ uint32_t best_noisy(const ThreadTokens<T>& tokens, in
   return best;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// The last block of a sequence
-// ---------------------------------------------------------------------------------------------------------
-
-struct Shared {
-  Partial warps[kWarps];
-  bool last;
-  int64_t x[kWarp];
-};
-
-// The score of a row from its parts and the mask's logit, which is -inf where the mask is not kept.
+// Writes the Partial of part `part` of row r. `warps` is shared memory.
 template <class T>
-__device__ __forceinline__ float row_score(const Partial& parts, float mask, const T* logits,
-                                           const RowKnobs& knobs, Score score, const Stream& stream) {
-  const Merge merge{kLog2e / softmax_temperature(knobs)};
-  Partial mask_only;
-  mask_only.largest = mask;
-  mask_only.sum = 1;
-  const Partial all = merge(parts, mask_only);
-  if (all.sum != all.sum || parts.value == -INFINITY)
-    return NAN;
-  const auto weight = [&](float l) { return expf((l - all.largest) / softmax_temperature(knobs)); };
-  switch (score) {
-  case Score::kProbability:
-    return weight(knobs.temperature > 0 ? to_float(logits[parts.token]) : parts.value) / all.sum;
-  case Score::kRandom:
-    return uniform(static_cast<float>(stream(kNoToken).x[0]));
-  case Score::kMargin:
-    return (weight(parts.largest) - weight(parts.second)) / all.sum;
-  case Score::kEntropy:
-    return fminf(all.moment / all.sum * kLog2 - logf(all.sum), 0.0f);
-  }
-  return NAN;
-}
-
-// Writes the candidate and the score of every row of the sequence.
-template <class T>
-__device__ __forceinline__ void score_rows(const UnmaskParams& p, int64_t b, int64_t parts) {
-  const int lane = threadIdx.x % kGroup, group = threadIdx.x / kGroup;
-  const RowKnobs knobs = p.knobs[b];
-  const Merge merge{kLog2e / softmax_temperature(knobs)};
-  const Partial* partials = reinterpret_cast<const Partial*>(p.partials);
-  const int64_t end = p.cu_rows[b + 1];
-  for (int64_t base = p.cu_rows[b]; base < end; base += kRowsAtOnce) {
-    const int64_t r = Least{}(base + group, end - 1); // the groups past the end repeat the last row
-    Partial x;
-    for (int64_t part = lane; part < parts; part += kGroup)
-      x = merge(x, partials[r * parts + part]);
-    x = warp_reduce(x, merge, kGroup);
-    if (lane != 0)
-      continue;
-    const T* logits = static_cast<const T*>(p.logits) + r * p.logits_stride;
-    const float mask = p.mask_id < p.vocab ? to_float(logits[p.mask_id]) : -INFINITY;
-    const bool dropped = p.floor != nullptr && mask < p.floor[r];
-    p.candidate[r] = static_cast<int32_t>(x.token);
-    p.score[r] = row_score(x, dropped ? -INFINITY : mask, logits, knobs, static_cast<Score>(p.rows[b].score),
-                           stream_of(p.rows[b], p.positions[r]));
-  }
-}
-
-__device__ __forceinline__ bool is_eos(int64_t token, const int64_t* eos_ids, int64_t eos_count) {
-  for (int64_t i = 0; i < eos_count; ++i)
-    if (eos_ids[i] == token)
-      return true;
-  return false;
-}
-
-// `noisy` has room for a key a row of the sequence, `shared` kWarp elements.
-__device__ __forceinline__ void commit(const UnmaskParams& p, int64_t b, float* noisy, int64_t* shared) {
-  const int64_t first_row = p.cu_rows[b], count = p.cu_rows[b + 1] - first_row;
-  const RowState before = p.rows[b]; // read by all threads ahead of a barrier, written behind it
-  const float value = p.knobs[b].value;
-  const float* score = p.score + first_row;
-  int64_t* tokens = p.tokens + b * p.width;
-
-  const bool has_noise = has_rank_noise(p.knobs[b]);
-  const float* key = has_noise ? noisy : score;
-  int64_t bad = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    bad += score[i] != score[i];
-    if (has_noise) // p.rows[b] again: `before` would take registers that are not there
-      noisy[i] = rank_key(p.rows[b], p.knobs[b].rank_temperature, p.positions[first_row + i], score[i]);
-  }
-  bad = block_reduce(bad, int64_t{0}, Sum{}, shared); // its barriers also publish the keys
-  if (bad > 0) {
-    if (threadIdx.x == 0)
-      p.rows[b].bad_logits = bad;
-    return;
-  }
-
-  int64_t committed = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    const float c = score[i], k = key[i];
-    int64_t rank = 0;
-    for (int64_t j = 0; j < count; ++j)
-      rank += goes_before(key[j], j, k, i);
-    if (!is_selected(before, value, rank, c))
-      continue;
-    const int64_t position = p.positions[first_row + i], at = b * p.width + position;
-    tokens[position] = p.candidate[first_row + i];
-    p.step_map[at] = static_cast<int32_t>(before.step);
-    p.confidence[at] = c;
-    ++committed;
-  }
-  committed = block_reduce(committed, int64_t{0}, Sum{}, shared); // its barriers also publish the tokens
-
-  int64_t stop = before.end; // the first position with a mask or an end of sequence
-#pragma unroll 4
-  for (int64_t i = before.first + threadIdx.x; i < before.end; i += kThreads) {
-    const int64_t token = tokens[i];
-    if (token == p.mask_id || is_eos(token, p.eos_ids, p.eos_count))
-      stop = Least{}(stop, i);
-  }
-  stop = block_reduce(stop, before.end, Least{}, shared);
-  if (threadIdx.x != 0)
-    return;
-  RowState& row = p.rows[b];
-  row.step = before.step + 1;
-  row.block_step = before.block_step + 1;
-  row.masks_left = before.masks_left - committed;
-  row.eos_at = stop < before.end && tokens[stop] != p.mask_id ? stop : -1;
-  row.bad_logits = 0;
-}
-
-template <class T> __global__ void __launch_bounds__(kThreads, 4) unmask_parts(UnmaskParams p) {
-  auto& shared = shared_memory<Shared>();
-  const int64_t parts = (p.vocab + kPart - 1) / kPart;
-  const int64_t r = blockIdx.x / static_cast<unsigned>(parts), part = blockIdx.x - r * parts;
+__device__ __forceinline__ void score_part(const UnmaskParams& p, int64_t b, int64_t r, int64_t part,
+                                           Partial (&warps)[kWarps]) {
   const T* row = static_cast<const T*>(p.logits) + r * p.logits_stride;
   const bool is_aligned = reinterpret_cast<uintptr_t>(row) % sizeof(Vector<T>) == 0;
   const ThreadTokens<T> tokens{row, part * (kPart / kVector<T>)+threadIdx.x,
@@ -316,9 +193,6 @@ template <class T> __global__ void __launch_bounds__(kThreads, 4) unmask_parts(U
   for (int i = 0; i < tokens.kCount; ++i) // all on their way before anything else is asked for
     raw[i] = tokens.load(i);
 
-  const int64_t b = sequence_of(r, p.cu_rows, p.sequences);
-  if (b < 0)
-    return;
   const Score score = static_cast<Score>(p.rows[b].score);
   const float temperature = p.knobs[b].temperature, scale = kLog2e / softmax_temperature(p.knobs[b]);
   const float floor = p.floor == nullptr ? -INFINITY : p.floor[r];
@@ -378,20 +252,166 @@ template <class T> __global__ void __launch_bounds__(kThreads, 4) unmask_parts(U
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   if (lane == 0)
-    shared.warps[warp] = x;
+    warps[warp] = x;
   __syncthreads();
-  if (warp == 0) {
-    x = warp_reduce(shared.warps[lane % kWarps], Merge{scale}, kWarps);
-    if (lane == 0) {
-      reinterpret_cast<Partial*>(p.partials)[blockIdx.x] = x;
-      __threadfence(); // the partial is there before the arrival, here and for the block that sees it
-      auto* arrivals = reinterpret_cast<unsigned long long*>(&p.rows[b].arrivals);
-      const int64_t all = (p.cu_rows[b + 1] - p.cu_rows[b]) * parts;
-      shared.last = static_cast<int64_t>(atomicAdd(arrivals, 1ull)) == all - 1;
-      __threadfence();
-      if (shared.last)
-        *arrivals = 0;
+  if (warp != 0)
+    return;
+  x = warp_reduce(warps[lane % kWarps], Merge{scale}, kWarps);
+  if (lane == 0)
+    reinterpret_cast<Partial*>(p.partials)[blockIdx.x] = x;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The last block of a sequence
+// ---------------------------------------------------------------------------------------------------------
+
+struct Shared {
+  Partial warps[kWarps];
+  bool last;
+  int64_t x[kWarp];
+};
+
+// The score of a row from its parts and the mask's logit, which is -inf where the mask is not kept.
+template <class T>
+__device__ __forceinline__ float row_score(const Partial& parts, float mask, const T* logits,
+                                           const RowKnobs& knobs, Score score, const Stream& stream) {
+  const Merge merge{kLog2e / softmax_temperature(knobs)};
+  Partial mask_only;
+  mask_only.largest = mask;
+  mask_only.sum = 1;
+  const Partial all = merge(parts, mask_only);
+  if (all.sum != all.sum || parts.value == -INFINITY)
+    return NAN;
+  const auto weight = [&](float l) { return expf((l - all.largest) / softmax_temperature(knobs)); };
+  switch (score) {
+  case Score::kProbability:
+    return weight(knobs.temperature > 0 ? to_float(logits[parts.token]) : parts.value) / all.sum;
+  case Score::kRandom:
+    return uniform(static_cast<float>(stream(kNoToken).x[0]));
+  case Score::kMargin:
+    return (weight(parts.largest) - weight(parts.second)) / all.sum;
+  case Score::kEntropy:
+    return fminf(all.moment / all.sum * kLog2 - logf(all.sum), 0.0f);
+  }
+  return NAN;
+}
+
+// Writes the candidate and the score of every row of the sequence; of one that is ignored a NaN score, so
+// that it goes before no other.
+template <class T>
+__device__ __forceinline__ void score_rows(const UnmaskParams& p, int64_t b, int64_t parts) {
+  const int lane = threadIdx.x % kGroup, group = threadIdx.x / kGroup;
+  const RowKnobs knobs = p.knobs[b];
+  const Merge merge{kLog2e / softmax_temperature(knobs)};
+  const Partial* partials = reinterpret_cast<const Partial*>(p.partials);
+  const int64_t end = p.cu_rows[b + 1];
+  for (int64_t base = p.cu_rows[b]; base < end; base += kRowsAtOnce) {
+    const int64_t r = Least{}(base + group, end - 1); // the groups past the end repeat the last row
+    const bool masked = is_masked(p, b, r);
+    Partial x;
+    for (int64_t part = lane; masked && part < parts; part += kGroup)
+      x = merge(x, partials[r * parts + part]);
+    x = warp_reduce(x, merge, kGroup);
+    if (lane != 0)
+      continue;
+    if (!masked) {
+      p.score[r] = NAN;
+      continue;
     }
+    const T* logits = static_cast<const T*>(p.logits) + r * p.logits_stride;
+    const float mask = p.mask_id < p.vocab ? to_float(logits[p.mask_id]) : -INFINITY;
+    const bool dropped = p.floor != nullptr && mask < p.floor[r];
+    p.candidate[r] = static_cast<int32_t>(x.token);
+    p.score[r] = row_score(x, dropped ? -INFINITY : mask, logits, knobs, static_cast<Score>(p.rows[b].score),
+                           stream_of(p.rows[b], p.positions[r]));
+  }
+}
+
+__device__ __forceinline__ bool is_eos(int64_t token, const int64_t* eos_ids, int64_t eos_count) {
+  for (int64_t i = 0; i < eos_count; ++i)
+    if (eos_ids[i] == token)
+      return true;
+  return false;
+}
+
+// `noisy` has room for a key a row of the sequence, `shared` kWarp elements.
+__device__ __forceinline__ void commit(const UnmaskParams& p, int64_t b, float* noisy, int64_t* shared) {
+  const int64_t first_row = p.cu_rows[b], count = p.cu_rows[b + 1] - first_row;
+  const RowState before = p.rows[b]; // read by all threads ahead of a barrier, written behind it
+  const float value = p.knobs[b].value;
+  const float* score = p.score + first_row;
+  int64_t* tokens = p.tokens + b * p.width;
+
+  const bool has_noise = has_rank_noise(p.knobs[b]);
+  const float* key = has_noise ? noisy : score;
+  int64_t bad = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    bad += score[i] != score[i] && is_masked(p, b, first_row + i);
+    if (has_noise) // p.rows[b] again: `before` would take registers that are not there
+      noisy[i] = rank_key(p.rows[b], p.knobs[b].rank_temperature, p.positions[first_row + i], score[i]);
+  }
+  bad = block_reduce(bad, int64_t{0}, Sum{}, shared); // its barriers also publish the keys
+  if (bad > 0) {
+    if (threadIdx.x == 0)
+      p.rows[b].bad_logits = bad;
+    return;
+  }
+
+  int64_t committed = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    if (!is_masked(p, b, first_row + i))
+      continue;
+    const float c = score[i], k = key[i];
+    int64_t rank = 0;
+    for (int64_t j = 0; j < count; ++j)
+      rank += goes_before(key[j], j, k, i);
+    if (!is_selected(before, value, rank, c))
+      continue;
+    const int64_t position = p.positions[first_row + i], at = b * p.width + position;
+    tokens[position] = p.candidate[first_row + i];
+    p.step_map[at] = static_cast<int32_t>(before.step);
+    p.confidence[at] = c;
+    ++committed;
+  }
+  committed = block_reduce(committed, int64_t{0}, Sum{}, shared); // its barriers also publish the tokens
+  if (committed == 0) // no mask: of one or more, the first by rank is always committed
+    return;
+
+  int64_t stop = before.end; // the first position with a mask or an end of sequence
+#pragma unroll 4
+  for (int64_t i = before.first + threadIdx.x; i < before.end; i += kThreads) {
+    const int64_t token = tokens[i];
+    if (token == p.mask_id || is_eos(token, p.eos_ids, p.eos_count))
+      stop = Least{}(stop, i);
+  }
+  stop = block_reduce(stop, before.end, Least{}, shared);
+  if (threadIdx.x != 0)
+    return;
+  RowState& row = p.rows[b];
+  row.step = before.step + 1;
+  row.block_step = before.block_step + 1;
+  row.masks_left = before.masks_left - committed;
+  row.eos_at = stop < before.end && tokens[stop] != p.mask_id ? stop : -1;
+  row.bad_logits = 0;
+}
+
+template <class T> __global__ void __launch_bounds__(kThreads, 4) unmask_parts(UnmaskParams p) {
+  auto& shared = shared_memory<Shared>();
+  const int64_t parts = (p.vocab + kPart - 1) / kPart;
+  const int64_t r = blockIdx.x / static_cast<unsigned>(parts), part = blockIdx.x - r * parts;
+  const int64_t b = sequence_of(r, p.cu_rows, p.sequences);
+  if (b < 0)
+    return;
+  if (is_masked(p, b, r)) // the same for the whole block: commits change no token of a row that is ignored
+    score_part<T>(p, b, r, part, shared.warps);
+  if (threadIdx.x == 0) {
+    __threadfence(); // the partial is there before the arrival, here and for the block that sees it
+    auto* arrivals = reinterpret_cast<unsigned long long*>(&p.rows[b].arrivals);
+    const int64_t all = (p.cu_rows[b + 1] - p.cu_rows[b]) * parts;
+    shared.last = static_cast<int64_t>(atomicAdd(arrivals, 1ull)) == all - 1;
+    __threadfence();
+    if (shared.last)
+      *arrivals = 0;
   }
   __syncthreads();
   if (!shared.last)
@@ -435,7 +455,7 @@ template <class T> __global__ void __launch_bounds__(kFloorThreads) find_floors(
   auto& shared = shared_memory<FloorShared>();
   const int64_t r = blockIdx.x;
   const int64_t b = sequence_of(r, p.cu_rows, p.sequences);
-  if (b < 0)
+  if (b < 0 || !is_masked(p, b, r))
     return;
   const RowKnobs knobs = p.knobs[b];
   if (!has_top_p(knobs) && !has_top_k(knobs)) {

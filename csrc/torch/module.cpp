@@ -1,21 +1,26 @@
-// Python bindings of what is not a tensor operation: the page pool, and facts about the build.
+// Python bindings of what is not a tensor operation: the page pool, the loop of a block as a CUDA graph, and
+// facts about the build.
 // Importing this module also registers the operations (ops.cpp).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
 
 #include "core/page_pool.h"
 #include "core/params.h"
 #include "cpu/kernels.h"
+#include "cuda/block_loop.h"
 #include "cuda/kernels.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   using fastdllm::PagePool;
+  using fastdllm::cuda::BlockLoop;
 
   py::register_exception<fastdllm::OutOfPages>(m, "OutOfPages", PyExc_ValueError);
 
@@ -34,6 +39,26 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("num_used", &PagePool::num_used)
       .def_property_readonly("num_shared", &PagePool::num_shared)
       .def_property_readonly("peak_used", &PagePool::peak_used);
+
+  py::class_<BlockLoop>(
+      m, "BlockLoop",
+      "A captured step, again and again in one launch: until a row's block is filled, an EOS "
+      "finishes it or its logits are bad, or `cap` steps are taken.")
+      .def(
+          py::init([](uintptr_t step_graph, uintptr_t rows_ptr, int64_t count, uintptr_t iterations_ptr,
+                      int64_t cap) {
+            return std::make_unique<BlockLoop>(reinterpret_cast<void*>(step_graph),
+                                               reinterpret_cast<const fastdllm::RowState*>(rows_ptr), count,
+                                               reinterpret_cast<int64_t*>(iterations_ptr), cap);
+          }),
+          py::arg("step_graph"), py::arg("rows_ptr"), py::arg("count"), py::arg("iterations_ptr"),
+          py::arg("cap"),
+          "Takes addresses: the cudaGraph_t of a step, and on the current device the `rows` of unmask and an "
+          "int64 that gets the number of steps. RuntimeError where the loop cannot be made: the text says "
+          "why.")
+      .def(
+          "launch", [](BlockLoop& loop, uintptr_t stream) { loop.launch(reinterpret_cast<void*>(stream)); },
+          py::arg("stream"), "On a cudaStream_t of the same device, given by its address; returns at once.");
 
   // Column of each RowState field in the `rows` tensor of unmask.
 #define FASTDLLM_COLUMN(field)                                                                               \

@@ -185,8 +185,12 @@ def unmask(
     larger logits. The mask counts as any token in this; where it alone would be kept, the floor is lowered to
     the best candidate. Candidates and the confidence are those of the kept tokens.
 
+    Rows of logits at positions whose token is not ``mask_id`` are ignored: not read, not counted, not ranked,
+    not bad. So all positions of a block may be given on every step, with the same shapes. A sequence none of
+    whose positions holds a mask is left as it is, like one without rows.
+
     Args:
-        logits: [R, vocab] float32, bfloat16 (float16 on CUDA): one row a masked position.
+        logits: [R, vocab] float32, bfloat16 (float16 on CUDA): one row a position.
         cu_rows: [B + 1] int32; rows of sequence b are ``logits[cu[b]:cu[b + 1]]``.
         positions: [R] int64, the position of each row in its sequence, ascending.
         tokens: [B, width] int64, changed at the committed positions; likewise

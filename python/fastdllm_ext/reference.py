@@ -198,13 +198,15 @@ def unmask(
 ) -> None:
     """Scores, selects and commits, in place. See ``ops.unmask``."""
     for b in range(tokens.shape[0]):
-        begin, end = int(cu_rows[b]), int(cu_rows[b + 1])
-        if begin == end:
+        given = range(int(cu_rows[b]), int(cu_rows[b + 1]))
+        masked = [r for r in given if tokens[b, positions[r]] == mask_id]
+        if not masked:
             continue
         row, knob = rows[b].tolist(), knobs[b].tolist()
-        where = positions[begin:end].tolist()
+        where = positions[masked].tolist()
         judged = [
-            score_logits(logits[begin + i], mask_id, knob, filtered, row, p) for i, p in enumerate(where)
+            score_logits(logits[r], mask_id, knob, filtered, row, p)
+            for r, p in zip(masked, where, strict=True)
         ]
         rows[b, Row.BAD_LOGITS] = sum(bad for _, _, bad in judged)
         if rows[b, Row.BAD_LOGITS]:

@@ -32,6 +32,7 @@ TESTS = {
     "paged_attention": ["test_paged_attention.py"],
     "rope_write_kv": ["test_rope_write_kv.py"],
     "unmask": ["test_unmask.py"],
+    "block": ["test_block_loop.py"],
     "copy_pages": ["test_copy_pages.py"],
     "rms_norm": ["test_elementwise.py"],
     "silu_mul": ["test_elementwise.py"],
