@@ -315,15 +315,17 @@ def unmask(bench: Bench, model: Model, dtype: torch.dtype, batch: int) -> Case:
     state = torch.zeros((batch, len(Row)), dtype=torch.int64, device=bench.device)
     state[:, Row.RULE], state[:, Row.END] = Rule.THRESHOLD, BLOCK
     # More masks than steps will be taken, and all positions are masked again: every call finds the same work.
-    for column in (Row.MASKS_LEFT, Row.BLOCK_MASKS, Row.BLOCK_STEPS):
-        state[:, column] = 1 << 40
+    state[:, Row.MASKS_LEFT] = 1 << 40
     knobs = torch.zeros((batch, len(Knob)), device=bench.device)
     knobs[:, Knob.VALUE], knobs[:, Knob.SOFTMAX_TEMPERATURE] = threshold, 1
+    quotas = torch.ones((batch, 1), dtype=torch.int32, device=bench.device)
     eos = torch.tensor([1], device=bench.device)
 
     def ours(turn: int) -> None:
         tokens.copy_(masked)  # its time counts
-        ops.unmask(logits[turn], cu_rows, positions, tokens, step_map, confidence, state, knobs, eos, mask_id)
+        ops.unmask(
+            logits[turn], cu_rows, positions, tokens, step_map, confidence, state, knobs, quotas, eos, mask_id
+        )
 
     def float32(turn: int) -> Tensor:
         p, best = (

@@ -226,6 +226,26 @@ def test_time_steps_fill_everything(steps: int, masks: int) -> None:
     assert len(quotas) <= steps
 
 
+def test_time_steps_share_what_a_hook_masks_again() -> None:
+    came: list[int] = []
+    went: list[int] = []
+
+    def again(step: int | None, x: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
+        came.append(int((x == MASK).sum()))
+        if step in (0, 2):
+            x[0, 5:15] = MASK
+        went.append(int((x == MASK).sum()))
+        return x
+
+    tiny_dream().diffusion_generate(
+        PROMPT[:1], alg="maskgit_plus", steps=6, max_new_tokens=30, generation_tokens_hook_func=again
+    )
+    times = TimeSteps(6, 1e-3, None)
+    assert came[1:] == [left - times.quota(left, left) for left in went[:-1]]
+    assert came[-1] == 0
+    assert went != came
+
+
 def test_origin_frees_each_mask_by_chance() -> None:
     """Four steps from t = 1 to 0.1: of 40 masks, the first frees (1 - 0.1) / 4, which is 9 on average."""
     model, first = tiny_dream(), []

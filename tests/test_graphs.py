@@ -32,7 +32,8 @@ class Step:
 
     def __init__(self, batch: Batch, device: str = "cpu") -> None:
         self.fixed = {
-            name: getattr(batch, name).to(device) for name in ("cu_rows", "positions", "knobs", "eos_ids")
+            name: getattr(batch, name).to(device)
+            for name in ("cu_rows", "positions", "knobs", "quotas", "eos_ids")
         }
         for name in INPUTS:
             setattr(self, name, torch.empty_like(getattr(batch, name), device=device))
@@ -59,7 +60,8 @@ class Step:
         logits = self.logits + (hidden @ self.head).flatten(0, 1)
         ops.unmask(
             logits, self.fixed["cu_rows"], self.fixed["positions"], self.tokens, self.step_map,
-            self.confidence, self.rows, self.fixed["knobs"], self.fixed["eos_ids"], MASK,
+            self.confidence, self.rows, self.fixed["knobs"], self.fixed["quotas"], self.fixed["eos_ids"],
+            MASK,
         )  # fmt: skip
 
     def result(self) -> list[torch.Tensor]:
@@ -68,7 +70,7 @@ class Step:
 
 def make_batch(masks: list[int], **settings: Any) -> Batch:
     """All positions are given; each step fills one mask of each row, but for what ``settings`` say."""
-    quota = {"rule": Rule.QUOTA, "block_masks": 1, "block_steps": 1}
+    quota = {"rule": Rule.QUOTA, "quotas": [1]}
     return Batch(masks, vocab=80, **(quota | settings)).with_all_positions().finite()
 
 

@@ -34,6 +34,7 @@ class Batch:
         top_k: float = 0.0,
         rank_temperature: float = 0.0,
         spread: float = 6.0,
+        quotas: list[int] | None = None,
         **fields: int,
     ) -> None:
         count, first = len(masks), 5
@@ -56,8 +57,6 @@ class Batch:
                 "end": width,
                 "step": 4,
                 "block_step": 1,
-                "block_masks": n + 1,
-                "block_steps": 3,
                 "masks_left": n,
                 "eos_at": -1,
             } | fields
@@ -70,6 +69,9 @@ class Batch:
         self.confidence = torch.zeros(count, width)
         knobs = [value, temperature, softmax_temperature, top_p, top_k, rank_temperature]
         self.knobs = torch.tensor([knobs] * count)
+        # Without `quotas`, the masks and one more are shared by three steps, of which this is the second.
+        each = [quotas or [(n + 3) // 3, (n + 2) // 3, (n + 1) // 3] for n in masks]
+        self.quotas = torch.tensor(each, dtype=torch.int32)
         self.filtered = bool((self.knobs[:, [Knob.TOP_P, Knob.TOP_K]] != torch.tensor([1.0, 0.0])).any())
         self.eos_ids = torch.tensor([EOS])
         self.mask_id = MASK
@@ -78,7 +80,7 @@ class Batch:
     def args(self) -> tuple:
         return (
             self.logits, self.cu_rows, self.positions, self.tokens, self.step_map, self.confidence,
-            self.rows, self.knobs, self.eos_ids, self.mask_id, self.filtered,
+            self.rows, self.knobs, self.quotas, self.eos_ids, self.mask_id, self.filtered,
         )  # fmt: skip
 
     def run(self, backend: Backend) -> Batch:
@@ -168,7 +170,7 @@ def test_mask_token_is_never_a_candidate(backend: Backend) -> None:
 
 @each_backend
 def test_ties_go_to_the_lowest(backend: Backend) -> None:
-    batch = Batch([5], vocab=2000, rule=Rule.QUOTA, block_masks=4, block_steps=2)
+    batch = Batch([5], vocab=2000, rule=Rule.QUOTA, quotas=[5, 2])
     batch.logits.fill_(0.25)
     batch.run(backend)
     chosen = batch.positions[:2]
@@ -179,11 +181,20 @@ def test_ties_go_to_the_lowest(backend: Backend) -> None:
 
 @each_backend
 @pytest.mark.parametrize(
-    "masks, steps, wanted",
-    [(10, 4, [3, 3, 2, 2]), (3, 5, [1, 1, 1]), (7, 1, [7]), (8, 8, [1] * 8), (9, 2, [5, 4])],
+    "masks, quotas, wanted",
+    [
+        (10, [3, 1, 4, 2], [3, 1, 4, 2]),
+        (3, [1, 1, 1, 0, 0], [1, 1, 1]),
+        (7, [7], [7]),
+        (9, [5, 8], [5, 4]),
+        (9, [1, 3], [1, 3, 3, 2]),
+        (5, [0, 2, -3], [1, 2, 1, 1]),
+        (5, [2**31 - 1], [5]),
+    ],
 )
-def test_quota_is_spread_evenly(backend: Backend, masks: int, steps: int, wanted: list[int]) -> None:
-    batch = Batch([masks], rule=Rule.QUOTA, block_masks=masks, block_steps=steps, block_step=0)
+def test_quotas_of_the_steps(backend: Backend, masks: int, quotas: list[int], wanted: list[int]) -> None:
+    """One or more; the last of them for all steps behind."""
+    batch = Batch([masks], rule=Rule.QUOTA, quotas=quotas, block_step=0)
     found = []
     while left := int(batch.rows[0, Row.MASKS_LEFT]):
         keep = (batch.tokens[0, batch.positions] == MASK).nonzero()[:, 0]
@@ -332,7 +343,7 @@ def test_sequences_without_masks_are_left_alone(backend: Backend, top_k: int) ->
 @each_backend
 def test_a_block_is_filled_by_calls_of_one_shape(backend: Backend) -> None:
     """Rows finish at different steps; further calls change nothing."""
-    batch = Batch([9, 4, 1], vocab=80, rule=Rule.QUOTA, block_masks=6, block_steps=3).with_all_positions()
+    batch = Batch([9, 4, 1], vocab=80, rule=Rule.QUOTA, quotas=[2]).with_all_positions()
     batch.logits = torch.randn(batch.logits.shape)
     for wanted in ([7, 2, 0], [5, 0, 0], [3, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]):
         batch.run(backend)
@@ -401,7 +412,7 @@ def test_samples_follow_the_softmax(backend: Backend) -> None:
 
 @each_compiled
 def test_random_remasking(backend: Backend) -> None:
-    batch = Batch([16], rule=Rule.QUOTA, block_masks=8, block_steps=2, score=Score.RANDOM)
+    batch = Batch([16], rule=Rule.QUOTA, quotas=[1, 4], score=Score.RANDOM)
     truth = batch.copy().run(Backend("reference"))
     batch.run(backend).assert_same(truth)
     assert torch.equal(batch.tokens[0, batch.positions[0]], truth.tokens[0, batch.positions[0]])
@@ -428,7 +439,7 @@ def test_bits_do_not_depend_on_the_batch(backend: Backend) -> None:
             assert torch.equal(getattr(batch, name), getattr(twice, name))
         alone.logits, alone.positions = alone.logits[2:14].contiguous(), alone.positions[2:14]
         alone.cu_rows = torch.tensor([0, 12], dtype=torch.int32)
-        for name in ("tokens", "step_map", "confidence", "rows", "knobs"):
+        for name in ("tokens", "step_map", "confidence", "rows", "knobs", "quotas"):
             setattr(alone, name, getattr(alone, name)[1:2].contiguous())
         alone.run(backend)
         for name in ("tokens", "step_map", "confidence", "rows"):
@@ -475,7 +486,7 @@ def test_noisy_ranks_sample_without_replacement(backend: Backend) -> None:
     """Which 2 of 4 positions are drawn, in many sequences of equal scores, each with noise of its own."""
     count, rank_temperature = (250 if backend.name == "simt" else 10000), 0.4
     scores = [0.9, 0.2, 0.5, 0.7]
-    batch = Batch([4] * count, vocab=80, rule=Rule.QUOTA, block_masks=2, block_steps=1,
+    batch = Batch([4] * count, vocab=80, rule=Rule.QUOTA, quotas=[2],
                   rank_temperature=rank_temperature)  # fmt: skip
     batch.logits = _batch_with_probabilities(scores).logits.repeat(count, 1)
     batch.run(backend)
@@ -615,7 +626,7 @@ def test_margin_and_entropy(backend: Backend) -> None:
     with_mask = {20: 0.0, MASK: 0.0}
     assert _committed(_row(with_mask, score=Score.MARGIN), backend)[1] == 0.5, "the mask is no candidate"
     assert _committed(_row(with_mask, score=Score.ENTROPY), backend)[1] == pytest.approx(-math.log(2))
-    batch = Batch([3], vocab=9000, rule=Rule.QUOTA, score=Score.MARGIN, block_masks=4, block_steps=2)
+    batch = Batch([3], vocab=9000, rule=Rule.QUOTA, score=Score.MARGIN, quotas=[2])
     batch.logits.fill_(-torch.inf)
     batch.logits[:, 20], batch.logits[:, 8999] = 3.0, torch.tensor([2.5, -torch.inf, 2.0])
     batch.run(backend)
@@ -790,6 +801,14 @@ def test_philox_known_answers() -> None:
         ("step_map", lambda x: x[:, :2].contiguous(), "step_map has shape"),
         ("rows", lambda x: x[:, :4].contiguous(), "rows has shape"),
         ("rows", lambda x: x + 1000, r"rows\[0\] has first"),
+        (
+            "rows",
+            lambda x: x - 2 * (torch.arange(len(Row)) == Row.BLOCK_STEP),
+            r"rows\[0\] has block_step -1",
+        ),
+        ("quotas", lambda x: x.long(), "quotas has another dtype; takes int32"),
+        ("quotas", lambda x: x[:, :0].contiguous(), "quotas has 0 columns"),
+        ("quotas", lambda x: x[:0].contiguous(), r"quotas has shape \[0, 3\]; takes \[1, \*\]"),
         ("knobs", lambda x: x.double(), "knobs has another dtype"),
         ("knobs", lambda x: x[:, :2].contiguous(), r"knobs has shape \[1, 2\]; takes \[1, 6\]"),
     ],

@@ -166,7 +166,7 @@ Operation unmask(const Model& model, Dtype dtype, int64_t batch) {
     RowState state{};
     state.rule = static_cast<int64_t>(Rule::kThreshold);
     state.end = kBlock;
-    state.masks_left = state.block_masks = state.block_steps = int64_t{1} << 40;
+    state.masks_left = int64_t{1} << 40;
     RowKnobs knobs{};
     knobs.value = 0.9f;
     knobs.softmax_temperature = 1;
@@ -180,6 +180,8 @@ Operation unmask(const Model& model, Dtype dtype, int64_t batch) {
     p.confidence = data.upload(std::vector<float>(rows));
     p.rows = data.upload(std::vector<RowState>(batch, state));
     p.knobs = data.upload(std::vector<RowKnobs>(batch, knobs));
+    p.quotas = data.upload(std::vector<int32_t>(batch, 1));
+    p.quota_steps = 1;
     p.eos_ids = data.upload(std::vector<int64_t>{1});
     p.candidate = data.upload(std::vector<int32_t>(rows));
     p.score = data.upload(std::vector<float>(rows));

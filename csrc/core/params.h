@@ -99,20 +99,18 @@ enum class Score : int64_t {
 
 // The decoding state of one sequence: one row of the int64 tensor `rows` of unmask, in this order.
 struct RowState {
-  int64_t rule;        // Rule
-  int64_t score;       // Score: what a position is ranked by
-  int64_t seed;        // Philox key
-  int64_t stream;      // Philox counter word: the sequence's own stream
-  int64_t first;       // first generated position
-  int64_t end;         // one past the last generated position
-  int64_t step;        // forwards taken so far, +1 by unmask
-  int64_t block_step;  // forwards taken in this block, +1 by unmask
-  int64_t block_masks; // masks in the block before its first step (quota)
-  int64_t block_steps; // steps that the block may take (quota)
-  int64_t masks_left;  // masks in the block now, lowered by unmask
-  int64_t eos_at;      // out: position of the EOS that finishes the row, else -1
-  int64_t bad_logits;  // out: masked rows with NaN, +inf or no finite candidate; then nothing is committed
-  int64_t arrivals;    // 0 between calls: the CUDA kernel counts its blocks here
+  int64_t rule;       // Rule
+  int64_t score;      // Score: what a position is ranked by
+  int64_t seed;       // Philox key
+  int64_t stream;     // Philox counter word: the sequence's own stream
+  int64_t first;      // first generated position
+  int64_t end;        // one past the last generated position
+  int64_t step;       // forwards taken so far, +1 by unmask
+  int64_t block_step; // forwards taken in this block, +1 by unmask
+  int64_t masks_left; // masks in the block now, lowered by unmask
+  int64_t eos_at;     // out: position of the EOS that finishes the row, else -1
+  int64_t bad_logits; // out: masked rows with NaN, +inf or no finite candidate; then nothing is committed
+  int64_t arrivals;   // 0 between calls: the CUDA kernel counts its blocks here
 };
 inline constexpr int64_t kRowFields = sizeof(RowState) / sizeof(int64_t);
 
@@ -149,12 +147,13 @@ struct UnmaskParams {
   float* confidence;        // [sequences, width]: c, at committed positions
   RowState* rows;           // [sequences]
   const RowKnobs* knobs;    // [sequences]
+  const int32_t* quotas;    // [sequences, quota_steps]: masks that each step of the block fills (quota)
   const int64_t* eos_ids;   // [eos_count], may be empty
   int32_t* candidate;       // scratch [logit_rows]
   float* score;             // scratch [logit_rows]: c, NaN where the logits are bad or ignored
   float* floor;             // scratch [logit_rows], or nullptr: every token of every row is kept
   float* partials;          // CUDA: scratch for the parts of rows that are split over blocks
-  int64_t logit_rows, sequences, vocab, width, logits_stride, eos_count, mask_id;
+  int64_t logit_rows, sequences, vocab, width, logits_stride, quota_steps, eos_count, mask_id;
   Dtype dtype; // of the logits
 };
 

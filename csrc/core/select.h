@@ -4,7 +4,7 @@
 //   key        c (rank_temperature R = 0) or c / R + g (R > 0), g the position's own Gumbel noise: then the
 //              first n are drawn from softmax(c / R) without replacement (Gumbel top-k; Dream's alg_temp)
 // With c that of a rank, without noise:
-//   quota      rank < q,  q = masks / steps of the block, one more in its first masks % steps steps; q >= 1
+//   quota      rank < q,  q = quotas[block_step], the last of them in every later step; q >= 1
 //   threshold  c >= value
 //   factor     (n + 1)(1 - c) <= value,  n = rank + 1
 // and rank 0 always: every rule is a test of one position, given its rank. Theorem 1 takes the longest prefix
@@ -44,18 +44,19 @@ FASTDLLM_HD float rank_key(const RowState& row, float rank_temperature, int64_t 
   return noisy_logit(score, rank_temperature, gumbel<uint32_t>(static_cast<float>(own.x[1])));
 }
 
-FASTDLLM_HD int64_t quota(const RowState& row) {
-  const int64_t steps = row.block_steps > 1 ? row.block_steps : 1;
-  const int64_t q = row.block_masks / steps + (row.block_step < row.block_masks % steps);
+// How many masks the next step of sequence b fills where its rule is a quota.
+FASTDLLM_HD int32_t quota(const UnmaskParams& p, int64_t b) {
+  const int64_t step = p.rows[b].block_step, last = p.quota_steps - 1;
+  const int32_t q = p.quotas[b * p.quota_steps + (step < last ? step : last)];
   return q > 1 ? q : 1;
 }
 
-FASTDLLM_HD bool is_selected(const RowState& row, float value, int64_t rank, float score) {
+FASTDLLM_HD bool is_selected(Rule rule, float value, int32_t quota, int64_t rank, float score) {
   if (rank == 0)
     return true;
-  switch (static_cast<Rule>(row.rule)) {
+  switch (rule) {
   case Rule::kQuota:
-    return rank < quota(row);
+    return rank < quota;
   case Rule::kThreshold:
     return score >= value;
   case Rule::kFactor:

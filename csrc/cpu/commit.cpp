@@ -58,11 +58,13 @@ void commit(const UnmaskParams& p, int64_t begin, int64_t end) {
     }
     std::sort(order.begin(), order.end(),
               [key](int64_t i, int64_t j) { return goes_before(key[i], i, key[j], j); });
+    const auto rule = static_cast<Rule>(row.rule);
+    const int32_t most = quota(p, b);
     const auto masks = static_cast<int64_t>(order.size());
     int64_t committed = 0;
     for (int64_t rank = 0; rank < masks; ++rank) {
       const int64_t i = order[rank], at = b * p.width + p.positions[first + i];
-      if (!is_selected(row, knobs.value, rank, score[i]))
+      if (!is_selected(rule, knobs.value, most, rank, score[i]))
         continue;
       ++committed;
       p.tokens[at] = p.candidate[first + i];

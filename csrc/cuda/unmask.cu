@@ -339,6 +339,7 @@ __device__ __forceinline__ void commit(const UnmaskParams& p, int64_t b, float* 
   const int64_t first_row = p.cu_rows[b], count = p.cu_rows[b + 1] - first_row;
   const RowState before = p.rows[b]; // read by all threads ahead of a barrier, written behind it
   const float value = p.knobs[b].value;
+  const int32_t most = quota(p, b);
   const float* score = p.score + first_row;
   int64_t* tokens = p.tokens + b * p.width;
 
@@ -365,7 +366,7 @@ __device__ __forceinline__ void commit(const UnmaskParams& p, int64_t b, float* 
     int64_t rank = 0;
     for (int64_t j = 0; j < count; ++j)
       rank += goes_before(key[j], j, k, i);
-    if (!is_selected(before, value, rank, c))
+    if (!is_selected(static_cast<Rule>(before.rule), value, most, rank, c))
       continue;
     const int64_t position = p.positions[first_row + i], at = b * p.width + position;
     tokens[position] = p.candidate[first_row + i];

@@ -66,11 +66,10 @@ PYBIND11_MODULE(_C, m) {
     #field, offsetof(fastdllm::RowState, field) / sizeof(int64_t)                                            \
   }
   const std::map<std::string, size_t> columns{
-      FASTDLLM_COLUMN(rule),        FASTDLLM_COLUMN(score),      FASTDLLM_COLUMN(seed),
-      FASTDLLM_COLUMN(stream),      FASTDLLM_COLUMN(first),      FASTDLLM_COLUMN(end),
-      FASTDLLM_COLUMN(step),        FASTDLLM_COLUMN(block_step), FASTDLLM_COLUMN(block_masks),
-      FASTDLLM_COLUMN(block_steps), FASTDLLM_COLUMN(masks_left), FASTDLLM_COLUMN(eos_at),
-      FASTDLLM_COLUMN(bad_logits),  FASTDLLM_COLUMN(arrivals)};
+      FASTDLLM_COLUMN(rule),   FASTDLLM_COLUMN(score),      FASTDLLM_COLUMN(seed),
+      FASTDLLM_COLUMN(stream), FASTDLLM_COLUMN(first),      FASTDLLM_COLUMN(end),
+      FASTDLLM_COLUMN(step),   FASTDLLM_COLUMN(block_step), FASTDLLM_COLUMN(masks_left),
+      FASTDLLM_COLUMN(eos_at), FASTDLLM_COLUMN(bad_logits), FASTDLLM_COLUMN(arrivals)};
   m.attr("ROW_COLUMNS") = columns;
   // And of each RowKnobs field in the `knobs` tensor.
 #define FASTDLLM_KNOB(field)                                                                                 \

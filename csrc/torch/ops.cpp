@@ -387,8 +387,8 @@ Tensor paged_attention(const Tensor q, const Tensor k_pages, const Tensor v_page
 }
 
 void unmask(const Tensor logits, const Tensor cu_rows, const Tensor positions, Tensor tokens, Tensor step_map,
-            Tensor confidence, Tensor rows, const Tensor knobs, const Tensor eos_ids, int64_t mask_id,
-            bool filtered) {
+            Tensor confidence, Tensor rows, const Tensor knobs, const Tensor quotas, const Tensor eos_ids,
+            int64_t mask_id, bool filtered) {
   const char* op = "unmask";
   const Checker is{op, logits};
   const Dtype dtype = is.dtype(logits, "logits");
@@ -405,6 +405,8 @@ void unmask(const Tensor logits, const Tensor cu_rows, const Tensor positions, T
   is.float32(confidence, "confidence", {sequences, width});
   is.int64(rows, "rows", {sequences, fastdllm::kRowFields});
   is.float32(knobs, "knobs", {sequences, fastdllm::kRowKnobs});
+  is.int32(quotas, "quotas", {sequences, kAny});
+  check(quotas.size(1) > 0, op, ": quotas has 0 columns; takes 1 or more");
   is.int64(eos_ids, "eos_ids", {kAny});
 
   Tensor candidate = torch::stable::new_empty(logits, {logit_rows}, ScalarType::Int);
@@ -418,6 +420,7 @@ void unmask(const Tensor logits, const Tensor cu_rows, const Tensor positions, T
                                 .confidence = mutable_data<float>(confidence),
                                 .rows = mutable_data<fastdllm::RowState>(rows),
                                 .knobs = data<fastdllm::RowKnobs>(knobs),
+                                .quotas = data<int32_t>(quotas),
                                 .eos_ids = data<int64_t>(eos_ids),
                                 .candidate = mutable_data<int32_t>(candidate),
                                 .score = mutable_data<float>(score),
@@ -428,6 +431,7 @@ void unmask(const Tensor logits, const Tensor cu_rows, const Tensor positions, T
                                 .vocab = vocab,
                                 .width = width,
                                 .logits_stride = logits.stride(0),
+                                .quota_steps = quotas.size(1),
                                 .eos_count = eos_ids.size(0),
                                 .mask_id = mask_id,
                                 .dtype = dtype};
@@ -444,6 +448,7 @@ void unmask(const Tensor logits, const Tensor cu_rows, const Tensor positions, T
                         {"confidence", confidence},
                         {"rows", rows},
                         {"knobs", knobs},
+                        {"quotas", quotas},
                         {"eos_ids", eos_ids}});
   }
   check_offsets(op, "cu_rows", params.cu_rows, sequences, logit_rows);
@@ -452,6 +457,7 @@ void unmask(const Tensor logits, const Tensor cu_rows, const Tensor positions, T
     const fastdllm::RowState& row = params.rows[b];
     check(row.first >= 0 && row.first <= row.end && row.end <= width, op, ": rows[", b, "] has first ",
           row.first, " and end ", row.end, "; takes 0 <= first <= end <= ", width);
+    check(row.block_step >= 0, op, ": rows[", b, "] has block_step ", row.block_step, "; takes 0 or more");
   }
   if (filtered)
     run_cpu(fastdllm::cpu::filter, params, logit_rows, 20.0 * vocab);
@@ -628,7 +634,7 @@ FASTDLLM_TORCH_LIBRARY(FASTDLLM_LIBRARY, m) {
   m.def("paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor kv_lens, "
         "Tensor cu_seqlens_q, int max_seqlen_q, float scale) -> Tensor");
   m.def("unmask(Tensor logits, Tensor cu_rows, Tensor positions, Tensor(a!) tokens, Tensor(b!) step_map, "
-        "Tensor(c!) confidence, Tensor(d!) rows, Tensor knobs, Tensor eos_ids, int mask_id, "
+        "Tensor(c!) confidence, Tensor(d!) rows, Tensor knobs, Tensor quotas, Tensor eos_ids, int mask_id, "
         "bool filtered=False) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor");

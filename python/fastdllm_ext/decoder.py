@@ -25,7 +25,7 @@ from fastdllm_ext import ops
 from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.decoding import REMASKING, GenerationConfig, Timings
 from fastdllm_ext.forward import Attention, Layout, Runs
-from fastdllm_ext.ops import Knob, Row
+from fastdllm_ext.ops import Knob, Row, Rule
 from fastdllm_ext.patching.family import Family, Geometry
 from fastdllm_ext.patching.registry import patched_family, patched_runtime
 from fastdllm_ext.runtime import Modules, choose_runtime
@@ -72,7 +72,6 @@ class DecodingRow:
         block: the block being filled.
         fresh: the next step is the block's first.
         masks_left: masks of the block.
-        times: the block's time steps, where the schedule has them.
         nfe: forwards taken.
         done: finished.
     """
@@ -85,7 +84,6 @@ class DecodingRow:
     block: int = 0
     fresh: bool = True
     masks_left: int = 0
-    times: TimeSteps | None = None
     nfe: int = 0
     done: bool = False
 
@@ -223,6 +221,9 @@ class Decoder:
             state[b, Row.FIRST], state[b, Row.END] = blocks[b][0].begin, length
             state[b, Row.EOS_AT] = -1
         self.state = state.to(device)
+        # Every step fills a mask or more, so a block has as many steps as masks at most.
+        steps = max(b.masks for b in itertools.chain(*blocks)) if config.rule == Rule.QUOTA else 1
+        self.quotas = torch.ones((count, steps), dtype=torch.int32, device=device)
         self._steps: dict[int, Step] = {}
         self._plan: Plan | None = None
         self.rows: list[DecodingRow] = []
@@ -249,7 +250,6 @@ class Decoder:
         with self.timings.phase("refresh" if plan.has_refresh else "block_steps"):
             logits, positions = self._forward(plan, sum(counts))
         with self.timings.phase("selection"):
-            self._set_quotas(active, counts)
             offsets = [0, *itertools.accumulate(counts)]
             ops.unmask(
                 logits,
@@ -260,6 +260,7 @@ class Decoder:
                 self.confidence,
                 self.state,
                 self.knobs,
+                self.quotas,
                 self.eos_ids,
                 self.geometry.mask_id,
                 self.filtered,
@@ -357,18 +358,6 @@ class Decoder:
         flat, fills, filled = (torch.cat(x).to(device) for x in (tokens, candidates, candidate_positions))
         return Plan(flat, layout, fills, filled, any(step.is_refresh for step in steps.values()))
 
-    def _set_quotas(self, active: list[DecodingRow], counts: list[int]) -> None:
-        """Tells the device how many masks the next step fills, in rows whose schedule has time steps."""
-        quotas = {
-            row.index: row.times.quota(row.masks_left, counts[row.index]) for row in active if row.times
-        }
-        if not quotas:
-            return
-        state = self.state[list(quotas)]
-        state[:, Row.BLOCK_STEP], state[:, Row.BLOCK_STEPS] = 0, 1
-        state[:, Row.BLOCK_MASKS] = torch.tensor(list(quotas.values()), device=state.device)
-        self.state[list(quotas)] = state
-
     def _advance(self, row: DecodingRow, state: list[int]) -> None:
         """Takes over what the device says of a row: block filled, row finished."""
         row.nfe, row.masks_left, row.fresh = state[Row.STEP], state[Row.MASKS_LEFT], False
@@ -382,25 +371,42 @@ class Decoder:
                 self._enter_block(row)
 
     def _enter_block(self, row: DecodingRow) -> None:
-        """Sets the state of the row's next block: all masks, no step taken, its share of the steps."""
+        """Sets the state of the row's next block: all masks, no step taken, how many each step fills."""
         row.fresh, row.masks_left = True, row.blocks[row.block].masks
-        share, rest = divmod(self.config.steps or 0, len(row.blocks))
-        steps = max(1, share + (row.block < rest))
+        values = {Row.BLOCK_STEP: 0, Row.MASKS_LEFT: row.masks_left}
+        self.state[row.index, list(values)] = torch.tensor(list(values.values()), device=self.state.device)
+        if self.config.rule == Rule.QUOTA:
+            quotas = torch.tensor(self._quotas_of_block(row), dtype=torch.int32)
+            self.quotas[row.index, : len(quotas)] = quotas.to(self.quotas.device)
+
+    def _quotas_of_block(self, row: DecodingRow) -> list[int]:
+        """How many masks each step of the row's block fills, from its first step to its last."""
         begin, end = row.next_step(self.config, self.family.shift).candidates
         # Where the first step has one candidate, the others share the rest.
-        alone = end - begin == 1 < row.masks_left
-        values = {
-            Row.BLOCK_STEP: -alone,
-            Row.BLOCK_MASKS: row.masks_left - alone,
-            Row.BLOCK_STEPS: max(1, steps - alone),
-            Row.MASKS_LEFT: row.masks_left,
-        }
-        self.state[row.index, list(values)] = torch.tensor(list(values.values()), device=self.state.device)
-        if self.config.schedule != "even":
-            seed, stream = self.seeds[row.index]
-            chance = random.Random(f"{seed} {stream} {row.block}")
-            independent = self.config.schedule == "independent"
-            row.times = TimeSteps(steps, self.config.eps, chance if independent else None)
+        alone = int(end - begin == 1 < row.masks_left)
+        times = self._time_steps(row)
+        if times is None:
+            steps = max(1, self._steps_of_block(row) - alone)
+            return [1] * alone + share_evenly(row.masks_left - alone, steps)
+        quotas: list[int] = []
+        left = row.masks_left
+        while left > 0:
+            quotas.append(times.quota(left, 1 if alone and not quotas else left))
+            left -= quotas[-1]
+        return quotas
+
+    def _steps_of_block(self, row: DecodingRow) -> int:
+        share, rest = divmod(self.config.steps or 0, len(row.blocks))
+        return max(1, share + (row.block < rest))
+
+    def _time_steps(self, row: DecodingRow) -> TimeSteps | None:
+        """Those of the row's block, from the first on, where the schedule has them."""
+        if self.config.schedule == "even":
+            return None
+        seed, stream = self.seeds[row.index]
+        chance = random.Random(f"{seed} {stream} {row.block}")
+        independent = self.config.schedule == "independent"
+        return TimeSteps(self._steps_of_block(row), self.config.eps, chance if independent else None)
 
     def _describe_bad_logits(self, plan: Plan, masks: int, state: list[list[int]]) -> str:
         """Which rows, and the first module whose output went wrong: the same forward once more, watched."""
@@ -427,6 +433,12 @@ class Decoder:
             f"logits: NaN or infinite in rows {rows} at step {state[rows[0]][Row.STEP]}; first in {where}. "
             "Nothing was committed"
         )
+
+
+def share_evenly(masks: int, steps: int) -> list[int]:
+    """How many masks each step fills, the first ones the remainder; no step fills none."""
+    share, rest = divmod(masks, steps)
+    return [share + (i < rest) for i in range(min(steps, masks))]
 
 
 def split_blocks(masks: Sequence[int], block_length: int) -> list[Block]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from fastdllm_ext.cache import PagedKVCache
-from fastdllm_ext.decoder import Block, Decoder, DecodingRow, Plan
+from fastdllm_ext.decoder import Block, Decoder, DecodingRow, Plan, TimeSteps
 from fastdllm_ext.decoding import GenerationConfig, GenerationOutput, Streamer, check_count
 from fastdllm_ext.generate import run
 from fastdllm_ext.ops import Row
@@ -175,6 +175,7 @@ class _HookedDecoder(Decoder):
     def __init__(self, *args: Any, frame: _Frame, hooks: tuple[Hook | None, Hook | None]) -> None:
         self.frame, (self.edit_tokens, self.edit_logits) = frame, hooks
         self.logits: Tensor | None = None
+        self.times: dict[int, TimeSteps | None] = {}  # of each row
         super().__init__(*args)
         try:
             self._edit(None)
@@ -201,7 +202,10 @@ class _HookedDecoder(Decoder):
         return rows[at // self.tokens.shape[1], plan.positions[chosen]]
 
     def _edit(self, step: int | None) -> None:
-        """Shows the tokens to the hook, takes up what it returns, and counts the masks again."""
+        """Shows the tokens to the hook, takes up what it returns, and counts the masks again.
+
+        Then the next step fills its share of the masks that are there now.
+        """
         if self.edit_tokens is None:
             return
         x = self.edit_tokens(step, self.frame.lay_out(self.tokens), self.logits)
@@ -213,6 +217,11 @@ class _HookedDecoder(Decoder):
                 row.blocks = [Block(masks[0], masks[-1] + 1, len(masks))]
                 row.block, row.masks_left = 0, len(masks)
                 self.state[row.index, Row.MASKS_LEFT] = len(masks)
+                if row.index not in self.times:
+                    self.times[row.index] = self._time_steps(row)
+                times = self.times[row.index]
+                if times is not None:
+                    self.quotas[row.index] = times.quota(len(masks), len(masks))
 
 
 def _history(output: GenerationOutput, gen_length: int, mask_id: int) -> list[Tensor]:

@@ -20,6 +20,7 @@ __all__ = ["memory_needed"]
 _POSITION = 8 + 1 + 4 + 4 + 8  # token, whether it was given, step, confidence; the row before decoding
 _QUERY = 4 * 8  # its token, place, position and slot
 _CANDIDATE = 3 * 8 + 1 + 3 * 8 + 3 * 4  # places, and of those that are masks; what `unmask` knows of a row
+_STEP = 4  # of a block: how many masks it fills
 _ROW = len(Row) * 8 + len(Knob) * 4 + 16  # state, settings, offsets
 
 
@@ -47,9 +48,8 @@ def memory_needed(
     answers: Any = lengths if config.infill else config.gen_length
     answers = [answers] * len(lengths) if isinstance(answers, int) else answers
     queries = twins * sum(lengths)
-    masks = sum(
-        min(config.block_length, count, length) for count, length in zip(answers, lengths, strict=True)
-    )
+    blocks = [min(config.block_length, count, length) for count, length in zip(answers, lengths, strict=True)]
+    masks = sum(blocks)
     pages = PagedKVCache.pages_for(list(lengths) * twins)
 
     widths = Widths.of(parts)
@@ -60,7 +60,7 @@ def memory_needed(
         "pages": pages * page,
         "activations": runtime.activation_bytes(widths, queries) + queries * _QUERY,
         "logits": logits + queries * _QUERY,
-        "state": len(lengths) * (max(lengths) * _POSITION + _ROW)
+        "state": len(lengths) * (max(lengths) * _POSITION + max(blocks) * _STEP + _ROW)
         + pages * 4
         + masks * _CANDIDATE
         + table_length(max(lengths)) * geometry.head_dim * 4,

@@ -65,12 +65,10 @@ class Row(IntEnum):
     END = 5
     STEP = 6
     BLOCK_STEP = 7
-    BLOCK_MASKS = 8
-    BLOCK_STEPS = 9
-    MASKS_LEFT = 10
-    EOS_AT = 11
-    BAD_LOGITS = 12
-    ARRIVALS = 13
+    MASKS_LEFT = 8
+    EOS_AT = 9
+    BAD_LOGITS = 10
+    ARRIVALS = 11
 
 
 class Knob(IntEnum):
@@ -166,6 +164,7 @@ def unmask(
     confidence: Tensor,
     rows: Tensor,
     knobs: Tensor,
+    quotas: Tensor,
     eos_ids: Tensor,
     mask_id: int,
     filtered: bool = False,
@@ -199,13 +198,17 @@ def unmask(
         rows: [B, len(Row)] int64, the decoding state (:class:`Row`), advanced by one step; ``Row.ARRIVALS``
             begins at 0.
         knobs: [B, len(Knob)] float32 (:class:`Knob`).
+        quotas: [B, K] int32, K > 0: step i of a block, ``Row.BLOCK_STEP`` being i, commits ``quotas[b, i]``
+            positions where the rule is a quota, or ``quotas[b, K - 1]`` where i >= K; at least one. Other
+            rules ignore it.
         eos_ids: [E] int64, may be empty: then ``Row.EOS_AT`` stays -1.
         mask_id: never a candidate.
         filtered: whether any row has top-p or top-k; without it they are ignored, and cost nothing.
     """
     _ops.unmask(
-        logits, cu_rows, positions, tokens, step_map, confidence, rows, knobs, eos_ids, mask_id, filtered
-    )
+        logits, cu_rows, positions, tokens, step_map, confidence, rows, knobs, quotas, eos_ids, mask_id,
+        filtered,
+    )  # fmt: skip
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -310,8 +313,9 @@ def _(q, k_pages, v_pages, block_table, kv_lens, cu_seqlens_q, max_seqlen_q, sca
 
 @torch.library.register_fake("fastdllm_ext::unmask")
 def _(  # type: ignore[no-untyped-def]
-    logits, cu_rows, positions, tokens, step_map, confidence, rows, knobs, eos_ids, mask_id, filtered=False
-):
+    logits, cu_rows, positions, tokens, step_map, confidence, rows, knobs, quotas, eos_ids, mask_id,
+    filtered=False,
+):  # fmt: skip
     return None
 
 

@@ -169,13 +169,15 @@ def rank_key(score: float, rank_temperature: float, row: list[int], position: in
     return score / rank_temperature + float(gumbel(own_words(row, position)[1]))
 
 
-def selected(scores: list[float], keys: list[float], row: list[int], value: float) -> list[int]:
+def selected(
+    scores: list[float], keys: list[float], row: list[int], value: float, quotas: list[int]
+) -> list[int]:
     """Indices that the row's rule commits, best first. ``scores`` and ``keys`` in order of position."""
     order = sorted(range(len(keys)), key=lambda i: (-keys[i], i))
     rule = row[Row.RULE]
     if rule == Rule.QUOTA:
-        share, rest = divmod(row[Row.BLOCK_MASKS], row[Row.BLOCK_STEPS])
-        passes = [rank < share + (row[Row.BLOCK_STEP] < rest) for rank in range(len(order))]
+        quota = quotas[min(row[Row.BLOCK_STEP], len(quotas) - 1)]
+        passes = [rank < quota for rank in range(len(order))]
     elif rule == Rule.THRESHOLD:
         passes = [scores[i] >= value for i in order]
     else:
@@ -192,6 +194,7 @@ def unmask(
     confidence: Tensor,
     rows: Tensor,
     knobs: Tensor,
+    quotas: Tensor,
     eos_ids: Tensor,
     mask_id: int,
     filtered: bool = False,
@@ -213,7 +216,7 @@ def unmask(
             continue
         scores = [score for _, score, _ in judged]
         keys = [rank_key(c, knob[Knob.RANK_TEMPERATURE], row, p) for c, p in zip(scores, where, strict=True)]
-        chosen = selected(scores, keys, row, knob[Knob.VALUE])
+        chosen = selected(scores, keys, row, knob[Knob.VALUE], quotas[b].tolist())
         for i in chosen:
             tokens[b, where[i]], confidence[b, where[i]] = judged[i][0], judged[i][1]
             step_map[b, where[i]] = row[Row.STEP]
