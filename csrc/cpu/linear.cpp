@@ -9,7 +9,8 @@
 //
 // Work: an item is two bands of kLinearBandRows rows of the weight; gated, one of the gate's and one of the
 // up's. Sums are [row of the weight][row of x]: rows of x lie in the lanes, in strips of two vectors, and the
-// elements of kUnits rows of the weight are broadcast. They are turned when out is written.
+// elements of kUnits rows of the weight are broadcast. They are turned when out is written. Where x does not
+// fit in a core's own cache, a group of items goes over a part of k before the next.
 //
 // Element formats: as in paged_attention.cpp. bfloat16 is widened to float32 kUnits rows at a time, or read
 // in pairs as it lies where there is vdpbf16ps. With a tile unit it has an inner loop of its own,
