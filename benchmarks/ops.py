@@ -415,6 +415,19 @@ def silu(bench: Bench, model: Model, dtype: torch.dtype, batch: int) -> Case:
     return Case("silu_mul", model.name, batch, 0, dtype, set_bytes, sets, calls, {})
 
 
+def linear(bench: Bench, model: Model, dtype: torch.dtype, batch: int) -> Case:
+    """The output projection of the attention, [hidden, hidden]."""
+    set_bytes = model.hidden * model.hidden * dtype.itemsize
+    sets = bench.sets(set_bytes)
+    weight = bench.randn(sets, model.hidden, model.hidden, dtype=dtype)
+    x = bench.randn(batch * BLOCK, model.hidden, dtype=dtype)
+    calls: dict[str, Call] = {
+        "linear": lambda turn: ops.linear(x, weight[turn]),
+        "torch linear": lambda turn: F.linear(x, weight[turn]),
+    }
+    return Case("linear", model.name, batch, 0, dtype, set_bytes + 2 * x.nbytes, sets, calls, {})
+
+
 def copy_pages(bench: Bench, model: Model, dtype: torch.dtype, batch: int) -> Case:
     """Every page of a sequence of 2,048 positions, in one layer's keys and values."""
     pairs = batch * 2048 // PAGE
@@ -454,7 +467,7 @@ def cases(bench: Bench, contexts: list[int], batches: list[int]) -> Iterator[Cas
                         yield attention(bench, model, dtype, batch, context)
                 if batch * BLOCK * model.vocab * 8 <= bench.largest_set:
                     yield unmask(bench, model, dtype, batch)
-                for make in (rope, norm, silu, copy_pages):
+                for make in (rope, norm, silu, linear, copy_pages):
                     yield make(bench, model, dtype, batch)
     yield copy(bench)
 

@@ -17,7 +17,9 @@ each_place: Callable = pytest.mark.parametrize(
     "backend", [pytest.param(Backend("reference"), id="reference"), *on_cpu, COMPILED[-1]]
 )
 
-ROWS = [1, 2, 8, 16, 17, 31, 32, 33, 64, _C.few_rows, _C.few_rows + 1]
+FEW_ROWS = {getattr(torch, name): rows for name, rows in _C.FEW_ROWS.items()}
+MOST = max(FEW_ROWS.values())
+ROWS = [1, 2, 8, 16, 17, 31, 32, 33, 64, 65, MOST, MOST + 1]
 # n and k: one, odd, below and above a tile, a band, an item, a part of k that is multiplied at a time.
 SIZES = [(1, 1), (5, 2), (16, 32), (17, 33), (31, 31), (32, 64), (33, 100), (47, 95), (96, 256), (100, 513)]
 LONG = [(40, 2048), (70, 4100), (300, 9001)]
@@ -67,7 +69,7 @@ def test_linear(backend: Backend, n: int, k: int) -> None:
 def test_long_rows(backend: Backend, n: int, k: int) -> None:
     """float32 sums one product after the other: the error grows with the root of k, to 2e-6 at 9,001."""
     for dtype in backend.dtypes:
-        for rows in (1, 32, 40, _C.few_rows):
+        for rows in (1, 32, 40, 64, MOST):
             assert_linear(backend, *make(rows, n, k, dtype))
 
 
@@ -76,7 +78,7 @@ def test_long_rows(backend: Backend, n: int, k: int) -> None:
 def test_linear_silu_mul(backend: Backend, n: int, k: int) -> None:
     """The bits of linear, then silu_mul."""
     for dtype in backend.dtypes:
-        for rows in (*ROWS[:9], _C.few_rows + 1):
+        for rows in ROWS:
             x, weight, bias = make(rows, 2 * n, k, dtype)
             for b in (bias, None):
                 out = backend.run("linear_silu_mul", x, weight, b)
@@ -127,7 +129,7 @@ def test_bits_depend_on_the_row_alone(backend: Backend) -> None:
     """Not on the other rows, not on how many there are, nor on where a row begins."""
     for dtype in backend.dtypes:
         for k in (100, 5000):
-            x, weight, bias = make(_C.few_rows, 75, k, dtype)
+            x, weight, bias = make(FEW_ROWS[dtype], 75, k, dtype)
             together = backend.run("linear", x, weight, bias)
             for rows in (1, 2, 15, 16, 17, 32, 33, 64):
                 few = torch.full((rows, k + 3), torch.inf, dtype=dtype)[:, 1 : k + 1]
@@ -212,4 +214,4 @@ def test_opcheck() -> None:
     for op in (torch.ops.fastdllm_ext.linear.default, torch.ops.fastdllm_ext.linear_silu_mul.default):
         torch.library.opcheck(op, (x, weight, bias))
         torch.library.opcheck(op, (x, weight, None))
-        torch.library.opcheck(op, (torch.randn(_C.few_rows + 1, 8), weight, bias))
+        torch.library.opcheck(op, (torch.randn(MOST + 1, 8), weight, bias))

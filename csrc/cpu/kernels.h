@@ -29,8 +29,8 @@ inline constexpr int64_t kAttentionTileRows = 64;
 // An item of linear is two bands of so many rows of the weight: where gated one of the gate's and one of the
 // up's, else neighbours.
 inline constexpr int64_t kLinearBandRows = 16;
-// The most rows of x that linear multiplies faster than a matrix multiplication for many.
-inline constexpr int64_t kLinearRows = 128;
+// The most rows of x that linear multiplies as fast as torch's matrix multiplication, which is for many.
+inline int64_t linear_rows(Dtype dtype) { return dtype == Dtype::kFloat32 ? 64 : 128; }
 
 // Memory of the calling thread, 64-byte aligned, grown on demand and kept; what it holds is lost on return.
 void* scratch(int64_t bytes);

@@ -9,7 +9,8 @@
 //
 // Work: an item is two bands of kLinearBandRows rows of the weight; gated, one of the gate's and one of the
 // up's. Sums are [row of the weight][row of x]: rows of x lie in the lanes, in strips of two vectors, and the
-// elements of kUnits rows of the weight are broadcast. They are turned when out is written.
+// elements of kUnits rows of the weight are broadcast. They are turned when out is written. Where x does not
+// fit in a core's own cache, a group of items goes over a part of k before the next.
 //
 // Element formats: as in paged_attention.cpp. bfloat16 is widened to float32 kUnits rows at a time, or read
 // in pairs as it lies where there is vdpbf16ps. With a tile unit it has an inner loop of its own,
@@ -24,6 +25,9 @@ namespace {
 
 constexpr int kStripRows = 2 * kLanes;
 static_assert(kBandRows % kUnits == 0);
+
+// Rows of the weight that are shorter are asked for ahead. The hardware itself follows along longer ones.
+constexpr int64_t kPage = 4096; // bytes
 
 // Adds to, or puts, the sums of kUnits rows of the weight, `unit` words apart, and a strip of kN vectors.
 // Asks for as many elements of the rows from `next` on, stride `next_stride`, in the order of memory.
@@ -68,6 +72,7 @@ template <class Format> void multiply_all(const LinearParams& p, int64_t begin, 
   for (int64_t s = 0; s < strips; ++s)
     pack_rows<Format>(p, s * kStripRows, is_narrow(s) ? kLanes : kStripRows, words, x + s * strip);
   const bool direct = lies_in_words<Format>(p);
+  const bool ask = p.k * (int64_t)sizeof(Element) < kPage;
 
   const auto multiply_part = [&](const Item& t, int64_t k, int64_t columns, const Item& next, int64_t next_k,
                                  float* to) {
@@ -90,8 +95,8 @@ template <class Format> void multiply_all(const LinearParams& p, int64_t begin, 
         }
         for (int64_t s = 0; s < strips; ++s) {
           const auto multiply_one =
-              is_narrow(s) ? (s ? multiply_strip<Format, 1, false> : multiply_strip<Format, 1, true>)
-                           : (s ? multiply_strip<Format, 2, false> : multiply_strip<Format, 2, true>);
+              is_narrow(s) ? (s || !ask ? multiply_strip<Format, 1, false> : multiply_strip<Format, 1, true>)
+                           : (s || !ask ? multiply_strip<Format, 2, false> : multiply_strip<Format, 2, true>);
           const int64_t width = is_narrow(s) ? kLanes : kStripRows;
           multiply_one(weight, unit, x + s * strip + k / kDepth * width, part, ahead, p.weight_stride, k > 0,
                        to + (band * kBandRows + u) * stride + s * kStripRows, stride);

@@ -15,7 +15,6 @@ namespace {
 namespace amx {
 
 constexpr int kTileDepth = 32; // elements of k that an instruction sums over
-constexpr int kTileWords = kTileDepth / 2;
 
 struct Pairs {
   using Element = BFloat16;

@@ -99,7 +99,11 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("name"), "Use another instruction set from cpu_isas().");
 
-  m.attr("few_rows") = fastdllm::cpu::kLinearRows; // that ops.linear multiplies with a kernel of ours
+  // Rows of x up to which ops.linear is a kernel of ours.
+  const std::map<std::string, int64_t> few_rows{
+      {"float32", fastdllm::cpu::linear_rows(fastdllm::Dtype::kFloat32)},
+      {"bfloat16", fastdllm::cpu::linear_rows(fastdllm::Dtype::kBFloat16)}};
+  m.attr("FEW_ROWS") = few_rows;
 
   m.attr("built_for_torch") = FASTDLLM_TORCH_VERSION;
   m.attr("build_type") = FASTDLLM_BUILD_TYPE;

@@ -559,7 +559,7 @@ Tensor multiply(const char* op, const Tensor& x, const Tensor& weight, const std
   if (bias)
     is.tensor(*bias, "bias", x.scalar_type(), "that of x", {weight.size(0)});
   const int64_t n = weight.size(0) / (gated ? 2 : 1), rows = x.numel() / k, x_stride = is.row_stride(x, "x");
-  if (for_cuda(x) || is_half || rows > fastdllm::cpu::kLinearRows) {
+  if (for_cuda(x) || is_half || rows > fastdllm::cpu::linear_rows(dtype)) {
     // oneDNN reads what lies between strided rows of odd length: NaN there would reach the result.
     const bool is_dense = for_cuda(x) || x_stride == k;
     Tensor out = torch_linear(is_dense ? x : torch::stable::contiguous(x), weight, bias);

@@ -258,10 +258,11 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias, summed in float32 and rounded once, after the bias.
 
-    On the CPU, for float32 and bfloat16 and up to ``_C.few_rows`` rows, which is what a block step has, a
-    kernel that reads the weight once and as it lies. There the bits of a row depend on nothing but the row,
-    the weight and the bias: not on the other rows, how many there are, or the threads. The tile unit and
-    vdpbf16ps take denormal numbers as zero. More rows, float16 and CUDA go to torch's own ``linear``.
+    On the CPU, up to 64 rows of float32 and 128 of bfloat16 (a block step has 32) are multiplied by a kernel
+    that reads the weight once and as it lies. There the bits of a row depend on nothing but the row, the
+    weight, the bias and the instruction set: not on the other rows, how many there are, or the threads. The
+    tile unit and vdpbf16ps take denormal numbers as zero. More rows, float16 and CUDA go to torch's own
+    ``linear``.
 
     Args:
         x: [..., k] float32, bfloat16 or float16, k at least 1; rows may be strided, evenly.
