@@ -28,7 +28,9 @@ from fastdllm_ext.forward import Attention, Layout, Runs
 from fastdllm_ext.ops import Knob, Row, Rule
 from fastdllm_ext.patching.family import Family, Geometry
 from fastdllm_ext.patching.registry import patched_family, patched_runtime
-from fastdllm_ext.runtime import Modules, choose_runtime
+from fastdllm_ext.runtime import Fused, Modules, choose_runtime
+from fastdllm_ext.runtime.block import BlockShape, BlockStep, addresses, graphs_of, guided
+from fastdllm_ext.runtime.graphs import batch_bucket, page_bucket
 
 
 @dataclass(frozen=True)
@@ -146,19 +148,26 @@ class Plan:
     With guidance, the rows' twins follow them in the same order, so that T is twice the rows' queries.
 
     Attributes:
+        steps: what each row of the decoder computes.
         tokens: [T] int64, the queries' places in the flattened tokens.
         layout: positions, slots and offsets for the attention; it wants the outputs that the candidates'
             logits come from, in their order (with guidance, then those of the twins).
         candidates: [S] int64, positions that may be filled, as places in the flattened tokens.
         positions: [S] int64, the same positions within their rows.
-        has_refresh: some row refreshes.
+        shape: of the graph that can take its steps; None where none can.
     """
 
+    steps: dict[int, Step]
     tokens: Tensor
     layout: Layout
     candidates: Tensor
     positions: Tensor
-    has_refresh: bool
+    shape: BlockShape | None
+
+    @property
+    def has_refresh(self) -> bool:
+        """Some row refreshes."""
+        return any(step.is_refresh for step in self.steps.values())
 
 
 class Decoder:
@@ -197,6 +206,7 @@ class Decoder:
         lengths = [len(row) for row in rows]
         self.attention = Attention(self.geometry, cache, max(lengths))
         device = rows[0].device
+        self.graphs = None if self.wants_all else graphs_of(model, self.runtime, device)
         self.timings = Clock(device)
 
         count, width = len(rows), max(lengths)
@@ -206,8 +216,8 @@ class Decoder:
         self.given = self.tokens != self.geometry.mask_id
         self.step_map = torch.full((count, width), -1, dtype=torch.int32, device=device)
         self.confidence = torch.zeros((count, width), dtype=torch.float32, device=device)
-        stops = config.stop_on_eos and not config.infill
-        self.eos_ids = torch.tensor(self.geometry.eos_ids if stops else (), dtype=torch.int64, device=device)
+        self.stop_ids = self.geometry.eos_ids if config.stop_on_eos and not config.infill else ()
+        self.eos_ids = torch.tensor(self.stop_ids, dtype=torch.int64, device=device)
         self.knobs = self._knobs().repeat(count, 1).to(device)
         self.filtered = config.top_p not in (None, 1) or config.top_k is not None
 
@@ -224,7 +234,6 @@ class Decoder:
         # Every step fills a mask or more, so a block has as many steps as masks at most.
         steps = max(b.masks for b in itertools.chain(*blocks)) if config.rule == Rule.QUOTA else 1
         self.quotas = torch.ones((count, steps), dtype=torch.int32, device=device)
-        self._steps: dict[int, Step] = {}
         self._plan: Plan | None = None
         self.rows: list[DecodingRow] = []
         twins = 2 if config.cfg_scale else 1
@@ -244,16 +253,34 @@ class Decoder:
 
     @torch.no_grad()
     def turn(self) -> list[DecodingRow]:
-        """One forward of every row that is not done; returns the rows that took part."""
+        """One forward of every row that is not done; returns the rows that took part.
+
+        On CUDA as many as there are until a row has filled its block, where they are of one shape.
+        """
         active = [row for row in self.rows if not row.done]
-        plan, counts = self._make_plan(active)
+        plan = self._make_plan(active)
+        if self.graphs is None or plan.shape is None:
+            self._take_step(plan)
+        else:
+            self._take_steps(plan, plan.shape, active)
+        state = self.state.tolist()  # the turn's one wait for the device
+        if any(state[row.index][Row.BAD_LOGITS] for row in active):
+            raise ValueError(self._describe_bad_logits(plan, state))
+        for row in active:
+            self._advance(row, state[row.index])
+        return active
+
+    def _take_step(self, plan: Plan) -> None:
+        """One step of the plan, launch by launch."""
+        counts = [0] * len(self.rows)  # masks among the candidates, for each row of the decoder
+        for index, step in plan.steps.items():
+            counts[index] = min(self.rows[index].masks_left, step.candidates[1] - step.candidates[0])
         with self.timings.phase("refresh" if plan.has_refresh else "block_steps"):
             logits, positions = self._forward(plan, sum(counts))
         with self.timings.phase("selection"):
-            offsets = [0, *itertools.accumulate(counts)]
             ops.unmask(
                 logits,
-                torch.tensor(offsets, dtype=torch.int32, device=logits.device),
+                Runs.of(counts).to(logits.device).cu,
                 positions,
                 self.tokens,
                 self.step_map,
@@ -265,12 +292,21 @@ class Decoder:
                 self.geometry.mask_id,
                 self.filtered,
             )
-            state = self.state.tolist()  # the turn's one wait for the device
-        if any(state[row.index][Row.BAD_LOGITS] for row in active):
-            raise ValueError(self._describe_bad_logits(plan, sum(counts), state))
-        for row in active:
-            self._advance(row, state[row.index])
-        return active
+
+    def _take_steps(self, plan: Plan, shape: BlockShape, active: list[DecodingRow]) -> None:
+        """Steps of the plan until a row needs the host, as graphs."""
+        assert self.graphs is not None
+        assert isinstance(self.runtime, Fused)
+        key = (shape, *addresses(self.runtime, self.attention, self.cache))
+        index = torch.tensor([row.index for row in active], device=self.tokens.device)
+        with self.graphs.lock, self.timings.phase("block_steps"):
+            taken = self.graphs.run(
+                key,
+                lambda: BlockStep(shape, self.cache.page_size, self.tokens.device),
+                lambda step: step.load(self, index, plan),
+                shape.candidates,
+            )
+            taken.step.store(self, index)
 
     def _knobs(self) -> Tensor:
         c, knobs = self.config, torch.zeros(len(Knob), dtype=torch.float32)
@@ -298,24 +334,21 @@ class Decoder:
 
     def _logits(self, hidden: Tensor, plan: Plan, chosen: Tensor) -> Tensor:
         """[R, vocab] of the candidates chosen; with guidance, u + (1 + scale)(c - u), u being the twin's."""
+        hidden, twins = hidden[: len(plan.candidates)], hidden[len(plan.candidates) :]
         chosen = chosen.to(hidden.device)
-        conditional = self.runtime.head(hidden[chosen])
-        if not self.config.cfg_scale:
-            return conditional
-        free = self.runtime.head(hidden[chosen + len(hidden) // 2])
-        # In place: two tensors of logits, the largest of a block step, and not four.
-        return conditional.sub_(free).mul_(self.config.cfg_scale + 1).add_(free)
+        return guided(
+            self.runtime.head,
+            hidden[chosen],
+            twins[chosen] if self.config.cfg_scale else twins,
+            self.config.cfg_scale,
+        )
 
-    def _make_plan(self, active: list[DecodingRow]) -> tuple[Plan, list[int]]:
-        """The rows' next forward, and the masks among its candidates for each row of the decoder."""
+    def _make_plan(self, active: list[DecodingRow]) -> Plan:
+        """The rows' next forward."""
         steps = {row.index: row.next_step(self.config, self.family.shift) for row in active}
-        if self._plan is None or steps != self._steps:
-            self._plan, self._steps = self._build_plan(active, steps), steps
-        counts = [0] * len(self.rows)
-        for row in active:
-            begin, end = steps[row.index].candidates
-            counts[row.index] = min(row.masks_left, end - begin)
-        return self._plan, counts
+        if self._plan is None or steps != self._plan.steps:
+            self._plan = self._build_plan(active, steps)
+        return self._plan
 
     def _build_plan(self, active: list[DecodingRow], steps: dict[int, Step]) -> Plan:
         device, width = self.tokens.device, self.tokens.shape[1]
@@ -356,7 +389,29 @@ class Decoder:
             is_fresh=all(step.is_refresh for step in steps.values()),
         ).to(device)
         flat, fills, filled = (torch.cat(x).to(device) for x in (tokens, candidates, candidate_positions))
-        return Plan(flat, layout, fills, filled, any(step.is_refresh for step in steps.values()))
+        return Plan(steps, flat, layout, fills, filled, self._shape(active, layout))
+
+    def _shape(self, active: list[DecodingRow], layout: Layout) -> BlockShape | None:
+        """Of block steps after a block's first, if those of all rows are of one length; else None."""
+        queries, candidates = (
+            {b - a for a, b in itertools.pairwise(runs.offsets)} for runs in (layout.queries, layout.outputs)
+        )
+        same = len(queries) == len(candidates) == 1
+        if self.config.cache != "dual" or any(row.fresh for row in active) or not same:
+            return None
+        return BlockShape(
+            rows=batch_bucket(len(active)),
+            lanes=2 if self.config.cfg_scale else 1,
+            queries=queries.pop(),
+            candidates=candidates.pop(),
+            pages=page_bucket(layout.block_table.shape[1]),
+            quota_steps=self.quotas.shape[1],
+            eos_ids=self.stop_ids,
+            mask_id=self.geometry.mask_id,
+            pad_id=self.geometry.pad_id,
+            filtered=self.filtered,
+            cfg_scale=self.config.cfg_scale,
+        )
 
     def _advance(self, row: DecodingRow, state: list[int]) -> None:
         """Takes over what the device says of a row: block filled, row finished."""
@@ -408,7 +463,7 @@ class Decoder:
         independent = self.config.schedule == "independent"
         return TimeSteps(self._steps_of_block(row), self.config.eps, chance if independent else None)
 
-    def _describe_bad_logits(self, plan: Plan, masks: int, state: list[list[int]]) -> str:
+    def _describe_bad_logits(self, plan: Plan, state: list[list[int]]) -> str:
         """Which rows, and the first module whose output went wrong: the same forward once more, watched."""
         found: list[str] = []
 
@@ -423,7 +478,8 @@ class Decoder:
         self.runtime = Modules(self.family, self.parts)  # whose modules hooks can watch
         handles = [watch(name, module) for name, module in self.model.named_modules() if name]
         try:
-            self._forward(plan, masks)
+            masked = self.tokens.view(-1)[plan.candidates] == self.geometry.mask_id
+            self._forward(plan, int(masked.sum()))
         finally:
             for handle in handles:
                 handle.remove()

@@ -216,8 +216,9 @@ class _Reporter:
 
     def __init__(self, streamer: Streamer, decoder: Decoder) -> None:
         self.streamer, self.decoder = streamer, decoder
-        self.on_commit = getattr(streamer, "on_commit", None)
+        self.on_commit: Any = getattr(streamer, "on_commit", None)
         self.sent = decoder.rows[0].first
+        self.steps = [0] * len(decoder.rows)  # of each row that were reported
         if self.on_commit is None:
             streamer.put(decoder.tokens[0, : self.sent].cpu())
 
@@ -228,11 +229,16 @@ class _Reporter:
                 self._put(row.blocks[row.block].begin)
             return
         for row in active:
-            b, step = row.index, row.nfe - 1
-            where = (self.decoder.step_map[b] == step).nonzero().squeeze(1)
-            tokens, confidence = self.decoder.tokens[b, where], self.decoder.confidence[b, where]
-            positions = (where - row.first).tolist()
-            self.on_commit(Commit(b, step, positions, tokens.tolist(), confidence.tolist()))
+            for step in range(self.steps[row.index], row.nfe):
+                self._commit(row, step)
+            self.steps[row.index] = row.nfe
+
+    def _commit(self, row: DecodingRow, step: int) -> None:
+        b = row.index
+        where = (self.decoder.step_map[b] == step).nonzero().squeeze(1)
+        tokens, confidence = self.decoder.tokens[b, where], self.decoder.confidence[b, where]
+        positions = (where - row.first).tolist()
+        self.on_commit(Commit(b, step, positions, tokens.tolist(), confidence.tolist()))
 
     def end(self, output: GenerationOutput) -> None:
         if self.on_commit is None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ class Fused:
         def norm(module: Any) -> Norm:
             return Norm(module.weight, getattr(module, family.rms_norms[type(module).__name__]))
 
-        self.embedding, self.layers = parts.embedding, parts.layers
+        self.embedding: Any = parts.embedding
+        self.layers = parts.layers
         self.qkv = [Product.of(layer.q, layer.k, layer.v) for layer in parts.layers]
         self.o = [Product.of(layer.o) for layer in parts.layers]
         self.gate_up = [Product.of(layer.gate, layer.up) for layer in parts.layers]
@@ -80,6 +82,15 @@ class Fused:
             module.out_features for module in (parts.layers[0].q, parts.layers[0].k, parts.layers[0].v)
         )
         self.widths = [q, k, v]
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Of all weights that a forward reads."""
+        products = (*self.qkv, *self.o, *self.gate_up, *self.down, self.head)
+        biases = [p.bias for p in products if p.bias is not None]
+        norms = [n.weight for n in (*self.norms, *self.mlp_norms)]
+        weights = [self.embedding.weight, *(p.weight for p in products), *norms, *biases]
+        return tuple(w.data_ptr() for w in weights)
 
     def hidden(self, input_ids: Tensor, attend: Attention) -> Tensor:
         """[T] int64 -> [W, hidden] after the final norm."""

@@ -6,6 +6,7 @@ shape once and runs a block with it, as quickly as the device allows.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -163,6 +164,9 @@ class StepGraphs(Generic[StepT]):
         device: what captures and launches.
         capacity: how many steps are kept.
         first: the rung to begin with.
+
+    Attributes:
+        lock: to be held from :meth:`run` until its step's results are taken up.
     """
 
     def __init__(self, device: GraphDevice, *, capacity: int = 8, first: Rung = Rung.BLOCK) -> None:
@@ -172,6 +176,7 @@ class StepGraphs(Generic[StepT]):
         self._entries: OrderedDict[Hashable, _Entry[StepT]] = OrderedDict()
         self._rungs: dict[Hashable, Rung] = {}  # of keys that had to leave the first, evicted or not
         self._warned = False
+        self.lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
