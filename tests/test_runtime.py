@@ -141,18 +141,20 @@ def test_a_training_step_changes_what_is_generated_from(family: Callable[..., An
 def test_joining_and_parting() -> None:
     a, b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(2, 4))
     wanted = torch.cat((a, b)).detach()
-    whole = join([a, b])
+    c = nn.Parameter(torch.randn(5))
+    whole, last = join([[a, b], [c]])
     assert torch.equal(whole, wanted)
+    assert torch.equal(last, c)
     assert whole.data_ptr() == a.data_ptr()
-    assert join([a, b]).data_ptr() == whole.data_ptr()
+    assert last.data_ptr() == c.data_ptr() == whole.data_ptr() + whole.nbytes
+    assert [x.data_ptr() for x in join([[a, b], [c]])] == [whole.data_ptr(), last.data_ptr()]
     assert not whole.requires_grad
-    assert torch.equal(join([a]), a)
     part([a, b])
     assert torch.equal(torch.cat((a, b)), wanted)
     assert b.untyped_storage().nbytes() == b.nbytes
-    # Neighbours in the order of another product are no neighbours here.
-    join([b, a])
-    assert torch.equal(join([a, b]), wanted)
+    # Neighbours in another order are no neighbours here.
+    join([[b, a]])
+    assert torch.equal(join([[a, b]])[0], wanted)
 
 
 # --- Which runtime ---------------------------------------------------------------------------------
@@ -208,6 +210,7 @@ OBSTACLES: dict[str, tuple[Callable[[nn.Module, Any], object], str]] = {
     "forward": (lambda m, at: setattr(at.k, "forward", at.k.forward), "or a forward of its own"),
     "bias": (lambda m, at: turn_bias(at.k), "of q, k, v some have a bias and some have none"),
     "strides": (lambda m, at: stride(at.q), "not a plain contiguous tensor"),
+    "tied": (lambda m, at: setattr(at.up, "weight", at.gate.weight), "a weight serves in two places"),
     "dtypes": (lambda m, at: at.down.to(torch.float64), "several dtypes or devices"),
     "shared": (lambda m, at: at.down.share_memory(), "shared between processes"),
     "layer norm": (

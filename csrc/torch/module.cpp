@@ -10,6 +10,7 @@
 #include <memory>
 #include <string>
 
+#include "core/huge_pages.h"
 #include "core/page_pool.h"
 #include "core/params.h"
 #include "cpu/kernels.h"
@@ -98,6 +99,13 @@ PYBIND11_MODULE(_C, m) {
           throw py::value_error("set_cpu_isa: '" + name + "' is not available on this CPU");
       },
       py::arg("name"), "Use another instruction set from cpu_isas().");
+
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t address, int64_t bytes) {
+        fastdllm::advise_huge_pages(reinterpret_cast<void*>(address), bytes);
+      },
+      py::arg("address"), py::arg("bytes"), "Asks for large pages of memory that nothing has touched yet.");
 
   // Rows of x up to which ops.linear is a kernel of ours.
   const std::map<std::string, int64_t> few_rows{

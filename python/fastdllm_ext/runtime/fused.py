@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,12 +41,6 @@ class Product:
 
     weight: Tensor
     bias: Tensor | None
-
-    @staticmethod
-    def of(*modules: Any) -> Product:
-        """Of linear modules side by side: their parameters become slices of one tensor."""
-        biases = [m.bias for m in modules]
-        return Product(join([m.weight for m in modules]), None if biases[0] is None else join(biases))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., k] -> [..., n]."""
@@ -69,15 +64,11 @@ class Fused:
 
         self.embedding: Any = parts.embedding
         self.layers = parts.layers
-        self.qkv = [Product.of(layer.q, layer.k, layer.v) for layer in parts.layers]
-        self.o = [Product.of(layer.o) for layer in parts.layers]
-        self.gate_up = [Product.of(layer.gate, layer.up) for layer in parts.layers]
-        self.down = [Product.of(layer.down) for layer in parts.layers]
+        self.products: list[tuple[Product, ...]] = [_join(groups) for groups in _groups(parts)]
         self.mlp_norms = [norm(layer.mlp_norm) for layer in parts.layers]
         # The norm before each layer's attention, and the one after the last layer.
         self.norms = [*(norm(layer.attn_norm) for layer in parts.layers), norm(parts.norm)]
-        head: Any = parts.head
-        self.head = Product(head.weight, getattr(head, "bias", None))
+        self.head = self.products[-1][-1]
         q, k, v = (
             module.out_features for module in (parts.layers[0].q, parts.layers[0].k, parts.layers[0].v)
         )
@@ -86,7 +77,7 @@ class Fused:
     @cached_property
     def addresses(self) -> tuple[int, ...]:
         """Of all weights that a forward reads."""
-        products = (*self.qkv, *self.o, *self.gate_up, *self.down, self.head)
+        products = [p for layer in self.products for p in layer]
         biases = [p.bias for p in products if p.bias is not None]
         norms = [n.weight for n in (*self.norms, *self.mlp_norms)]
         weights = [self.embedding.weight, *(p.weight for p in products), *norms, *biases]
@@ -113,7 +104,8 @@ class Fused:
 
     def _queries(self, attend: Attention, i: int, n: Tensor, rows: slice) -> Tensor:
         """Stores keys and values of layer i from the norm of its input; its queries."""
-        q, k, v = self.qkv[i](n).split(self.widths, dim=-1)
+        qkv = self.products[i][0]
+        q, k, v = qkv(n).split(self.widths, dim=-1)
         return attend.write(i, q, k, v, rows)
 
     def _layer(self, attend: Attention, i: int, a: Tensor, x: Tensor, rows: slice) -> Tensor:
@@ -121,10 +113,11 @@ class Fused:
 
         After the last layer: the final norm.
         """
+        _, o, gate_up, down, *_ = self.products[i]
         norm, after, x = self.mlp_norms[i], self.norms[i + 1], x[rows]
-        n = ops.add_rms_norm(self.o[i](a[rows]), x, norm.weight, norm.eps)
-        n = ops.linear_silu_mul(n, self.gate_up[i].weight, self.gate_up[i].bias)
-        n = ops.add_rms_norm(self.down[i](n), x, after.weight, after.eps)
+        n = ops.add_rms_norm(o(a[rows]), x, norm.weight, norm.eps)
+        n = ops.linear_silu_mul(n, gate_up.weight, gate_up.bias)
+        n = ops.add_rms_norm(down(n), x, after.weight, after.eps)
         return n if i == len(self.layers) - 1 else self._queries(attend, i + 1, n, rows)
 
     @staticmethod
@@ -139,6 +132,26 @@ class Fused:
         return w.size * max(layer, gather)
 
 
+def _groups(parts: Parts) -> Iterator[list[list[Any]]]:
+    """The modules of each product of each layer, in the order in which a forward runs them; last the head."""
+    for i, layer in enumerate(parts.layers):
+        groups = [[layer.q, layer.k, layer.v], [layer.o], [layer.gate, layer.up], [layer.down]]
+        yield [*groups, [parts.head]] if i == len(parts.layers) - 1 else groups
+
+
+def _join(groups: list[list[Any]]) -> tuple[Product, ...]:
+    """Products whose weights lie behind one another, and then their biases."""
+    has_bias = [getattr(group[0], "bias", None) is not None for group in groups]
+    biased = [group for group, found in zip(groups, has_bias, strict=True) if found]
+    joined = iter(
+        join([[m.weight for m in group] for group in groups] + [[m.bias for m in group] for group in biased])
+    )
+    weights = [next(joined) for _ in groups]
+    return tuple(
+        Product(w, next(joined) if found else None) for w, found in zip(weights, has_bias, strict=True)
+    )
+
+
 def _chunks(x: Tensor) -> Iterator[slice]:
     return (slice(begin, begin + CHUNK) for begin in range(0, len(x), CHUNK))
 
@@ -150,12 +163,9 @@ def _gather(parts: Iterator[Tensor]) -> Tensor:
 
 def part_weights(parts: Parts) -> None:
     """Gives every parameter that :class:`Fused` joined with others memory of its own again."""
-    for layer in parts.layers:
-        for modules in ((layer.q, layer.k, layer.v), (layer.gate, layer.up)):
-            for name in ("weight", "bias"):
-                found: list[Any] = [getattr(module, name, None) for module in modules]
-                if all(type(p) is nn.Parameter for p in found):
-                    part(found)
+    for groups in _groups(parts):
+        for module in chain(*groups):
+            part([p for p in module.parameters(recurse=False) if type(p) is nn.Parameter])
 
 
 def why_not_fused(family: Family, parts: Parts) -> str | None:
@@ -165,8 +175,8 @@ def why_not_fused(family: Family, parts: Parts) -> str | None:
     layers = [{f.name: getattr(layer, f.name) for f in fields(Layer)} for layer in parts.layers]
     norms = [parts.norm, *(layer[name] for layer in layers for name in ("attn_norm", "mlp_norm"))]
     linear = [layer[name] for layer in layers for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    if not isinstance(parts.head, nn.Embedding):
-        linear.append(parts.head)
+    tied = [parts.head] if isinstance(parts.head, nn.Embedding) else []
+    linear += [parts.head] if not tied else []
     for module in norms:
         is_known = type(module).__name__ in family.rms_norms and not isinstance(module, nn.RMSNorm)
         if (
@@ -183,7 +193,7 @@ def why_not_fused(family: Family, parts: Parts) -> str | None:
             return f"a {_name(module)} has a hook, or a forward of its own"
     weights = [
         p
-        for module in (*norms, *linear)
+        for module in (*norms, *linear, *tied)
         for p in (module.weight, module.bias if hasattr(module, "bias") else None)
     ]
     found = [p for p in weights if p is not None]
@@ -192,6 +202,8 @@ def why_not_fused(family: Family, parts: Parts) -> str | None:
             return "a weight is not a plain contiguous tensor"
         if p.device.type == "cpu" and p.is_shared():
             return "its weights are shared between processes"
+    if len({id(p) for p in found}) < len(found):
+        return "a weight serves in two places"
     if len({(p.dtype, p.device) for p in found}) > 1:
         return "its weights have several dtypes or devices"
     for layer in layers:

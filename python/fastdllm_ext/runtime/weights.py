@@ -8,24 +8,33 @@ them apart (``model.to``, ``copy.deepcopy``) is mended by joining them again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
+from fastdllm_ext.cache import on_huge_pages
+
 
 @torch.no_grad()
-def join(parameters: Sequence[Tensor]) -> Tensor:
-    """One tensor of which the parameters are slices along dimension 0, in order; they are copied if need be.
+def join(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """For each group the tensor of which its members are slices along dimension 0, in order.
 
-    They are contiguous, of one dtype and device, and differ in dimension 0 alone.
+    All groups lie behind one another, in the order in which they are given and are to be read; what does not
+    is copied there. All are contiguous, of one dtype and device; members differ in dimension 0 alone.
     """
-    first, rows = parameters[0], sum(p.shape[0] for p in parameters)
-    if not _are_joined(parameters):
-        whole = torch.cat([p.detach() for p in parameters])
-        for p, part in zip(parameters, whole.split([p.shape[0] for p in parameters]), strict=True):
-            p.data = part
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+    every = list(chain(*groups))
+    if not _are_joined(every):
+        first = every[0]
+        whole = on_huge_pages(
+            torch.empty(sum(p.numel() for p in every), dtype=first.dtype, device=first.device)
+        )
+        for p, place in zip(every, whole.split([p.numel() for p in every]), strict=True):
+            p.data = place.view(p.shape).copy_(p)
+    return [
+        group[0].detach().as_strided((sum(len(p) for p in group), *group[0].shape[1:]), group[0].stride())
+        for group in groups
+    ]
 
 
 def _are_joined(parameters: Sequence[Tensor]) -> bool:
@@ -38,7 +47,7 @@ def _are_joined(parameters: Sequence[Tensor]) -> bool:
 
 @torch.no_grad()
 def part(parameters: Sequence[Tensor]) -> None:
-    """Undoes :func:`join`: each gets memory of its own."""
-    if len(parameters) > 1 and _are_joined(parameters):
-        for p in parameters:
+    """Undoes :func:`join`: each that is a slice gets memory of its own."""
+    for p in parameters:
+        if p.untyped_storage().nbytes() > p.nbytes:
             p.data = p.detach().clone()
