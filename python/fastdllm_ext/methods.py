@@ -26,7 +26,8 @@ def patch(model: nn.Module, *, runtime: Literal["auto", "fused", "modules"] | No
             gate and up, then lie behind one another in memory (the same parameters, no second copy).
             ``auto``: fused where the model is made of plain linear layers and norms, without hooks, adapters
             or quantisation; else modules; what it is is looked at anew in each generation. Both runtimes give
-            the same tokens in float32; in bfloat16 they round sums of another order (docs/performance.md).
+            the same tokens but where two choices lie closer than the rounding of sums in another order:
+            rarely in float32, more often in bfloat16.
             None: ``auto``, or what an earlier patch of this model said.
 
     Returns:

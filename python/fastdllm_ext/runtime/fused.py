@@ -11,7 +11,7 @@ The last layer's attention, and all that follows it, is computed for the outputs
 refresh these are few of the row's positions. What is as wide as the MLP exists for `CHUNK` tokens at a time,
 so that a long row needs little more memory than its residual stream and queries.
 
-Every value is rounded where the modules round it. In float32 both runtimes differ by the order of sums alone.
+Every value is rounded where the modules round it: the two runtimes differ by the order of sums alone.
 """
 
 from __future__ import annotations
