@@ -15,14 +15,10 @@ import argparse
 import inspect
 import json
 import os
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastdllm_ext as fd
+from common import machine_facts
 from fastdllm_ext import _C, ops
 from fastdllm_ext.ops import Knob, Row, Rule
 from fastdllm_ext.rope import rope_table
@@ -532,17 +528,11 @@ def main() -> None:
 
     torch.manual_seed(0)
     bench = Bench(args.device, args.repeats)
-    load = os.getloadavg()
-    facts = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("FASTDLLM_COMMIT", ""),
-        "changed_files": _git("diff", "HEAD", "--name-only").splitlines(),
-        "command": shlex.join(["python", *sys.argv]),
-        "environment": fd.collect_env(),
+    facts = machine_facts(args.device) | {
         "conditions": {
             "head_dim": HEAD_DIM, "queries": BLOCK, "page_size": PAGE, "repeats": args.repeats,
             "order": "interleaved", "cache_bytes": bench.cache, "rotation_bytes": bench.rotation,
-            "load_before": load, "ratios": "times_ours: seconds of the call over those of ours",
+            "ratios": "times_ours: seconds of the call over those of ours",
         },
     }  # fmt: skip
     results: list[dict[str, Any]] = []
@@ -562,12 +552,6 @@ def main() -> None:
                 torch.cuda.empty_cache()
     for name, reason in missing.items():
         print(f"without {name}: {reason}")
-
-
-def _git(*arguments: str) -> str:
-    folder = Path(__file__).parent
-    found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=folder)
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":
