@@ -2,10 +2,11 @@
 
     python benchmarks/phases.py --out benchmarks/results/phases-cpu.json
 
-For each cache mode: seconds of refresh, block steps, selection, and of the host between them, as the timings of
-a generation have them (CUDA: by events). The head is part of refresh and block steps; its share is that of
-its product in a run under torch's profiler, which also gives the operations of a step and of a refresh by
-their own time. On CUDA that run takes its steps one by one (FASTDLLM_GRAPHS=eager): in a graph they have no names.
+For each cache mode: seconds of refresh, block steps, selection, and of the host between them, as the timings
+of a generation have them (CUDA: by events). The head is part of refresh and block steps; its share is that
+of its product in a run under torch's profiler, which also gives the operations of a step and of a refresh by
+their own time. On CUDA that run takes its steps one by one (FASTDLLM_GRAPHS=eager): in a graph they have no
+names.
 
 A block step is held against its floor, the bytes that it must move over the bandwidth measured in the same
 run; a refresh against the rate of a large matrix product.
@@ -18,7 +19,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from common import (
     DTYPES,
     Results,
     Shape,
+    Turn,
     bandwidth,
     dtypes_of,
     make_model,
@@ -141,20 +143,23 @@ def measure(
         return generation(model, prompts, gen_length, cache, args.tokens_per_step)
 
     run()
+    turns: list[Turn] = []
+    if device == "cuda":  # apart from the totals: it waits for the device after every turn
+        with watched_turns(device) as turns:
+            for _ in range(args.repeats):
+                run()
     totals: list[float] = []
     phases: dict[str, list[float]] = {name: [] for name in (*PHASES, "host")}
     for _ in range(args.repeats):
-        seconds, output = timed(run, device)
+        with watched_turns(device) if device == "cpu" else nullcontext([]) as found_turns:
+            seconds, output = timed(run, device)
+        turns += found_turns
         found = {name: getattr(output.timings, name) for name in PHASES}
         totals.append(seconds)
         for name, value in {**found, "host": seconds - sum(found.values())}.items():
             phases[name].append(value)
-    with watched_turns(device) as turns:
-        for _ in range(args.repeats):
-            run()
     table, head_shares = operations(run, device, (shape.vocab, shape.hidden))
 
-    median = statistics.median(totals)
     shares = {
         name: statistics.median(x / t for x, t in zip(v, totals, strict=True)) for name, v in phases.items()
     }
@@ -209,7 +214,7 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = parser_for(__doc__, repeats=5)
+    parser = parser_for(__doc__, repeats=3)
     parser.add_argument("--prompt", type=int, help="tokens; default 512; on CUDA 1400")
     parser.add_argument("--gen-length", type=int, help="default 128; on CUDA 1024")
     parser.add_argument("--tokens-per-step", type=float, help="default: 4; on CUDA 3.2, 10 steps a block")
