@@ -388,7 +388,9 @@ def command_line(arguments: Sequence[str]) -> str:
         path = Path(argument)
         if not path.is_absolute():
             return argument
-        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+        if path.is_relative_to(ROOT):
+            return str(path.relative_to(ROOT))
+        return path.name if path.suffix else "PATH"
 
     return shlex.join(["python", *map(shown, arguments)])
 

@@ -126,7 +126,7 @@ def main() -> None:
         print(json.dumps(measure(shape_name, dtype, runtime, int(context), args.device)))
         return
     shape = shape_of(args)
-    contexts = [64, 128] if args.quick else args.contexts
+    contexts = [64] if args.quick else args.contexts
     results = Results(
         args, "Does a generation take the memory that fd.memory_needed says?", block_length=BLOCK,
         measured="max_memory_allocated" if args.device == "cuda" else "high-water mark of the resident set",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import os
 import statistics
 import time
@@ -516,6 +517,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the first context and batch, 5 repeats")
     parser.add_argument("--contexts", type=int, nargs="+", help="default: 2048; on CUDA 512 ... 32768")
     parser.add_argument("--batches", type=int, nargs="+", help="default: 1; on CUDA 1 and 16")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no new case after so many")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     cuda = args.device == "cuda"
@@ -540,7 +542,11 @@ def main() -> None:
     copy_rate = 0.0
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
+        end = time.perf_counter() + args.seconds
         for case in cases(bench, contexts, batches):
+            if time.perf_counter() > end:
+                missing["what follows"] = "the time was up"
+                break
             results += report(case, bench.samples(case), copy_rate)
             missing |= case.missing
             if not copy_rate:
@@ -550,6 +556,7 @@ def main() -> None:
             del case
             if cuda:
                 torch.cuda.empty_cache()
+    args.out.write_text(json.dumps(written | {"missing": missing}, indent=1) + "\n", encoding="utf-8")
     for name, reason in missing.items():
         print(f"without {name}: {reason}")
 

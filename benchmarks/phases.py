@@ -215,13 +215,13 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     """The command line."""
     parser = parser_for(__doc__, repeats=3)
-    parser.add_argument("--prompt", type=int, help="tokens; default 512; on CUDA 1400")
-    parser.add_argument("--gen-length", type=int, help="default 128; on CUDA 1024")
+    parser.add_argument("--prompt", type=int, help="tokens; default 512; on CUDA 2272")
+    parser.add_argument("--gen-length", type=int, help="default 128")
     parser.add_argument("--tokens-per-step", type=float, help="default: 4; on CUDA 3.2, 10 steps a block")
     args = parser.parse_args()
     cuda = args.device == "cuda"
     args.tokens_per_step = args.tokens_per_step or (3.2 if cuda else 4)
-    case = (args.prompt or (1400 if cuda else 512), args.gen_length or (1024 if cuda else 128))
+    case = (args.prompt or (2272 if cuda else 512), args.gen_length or 128)
     if args.quick:
         args.repeats, case = 2, (min(case[0], 64), min(case[1], 64)) if not cuda else case
     shape = shape_of(args)
