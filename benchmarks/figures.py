@@ -16,7 +16,11 @@ from common import conditions_line
 Facts = dict[str, Any]
 BLACK = "#303030"
 CACHES = {"dual": "#e8935a", "prefix": "#8ab4d8", "none": "#d5d5d5"}
-IMPLEMENTATIONS = {"fused": "", "modules": "//", "": ".."}  # hatches, by runtime; the published code has none
+IMPLEMENTATIONS = {
+    "fused": "",
+    "modules": "//",
+    "": "...",
+}  # hatches by runtime; published has none
 PHASES = {"refresh": "#8ab4d8", "block_steps": "#e8935a", "selection": "#ffffff", "host": "#707070"}
 MARKERS = ("o", "s", "^", "D", "v", "x")
 
@@ -104,7 +108,7 @@ def phases(facts: Facts) -> Any:
     """Seconds of each phase, a bar for each cache mode and dtype."""
     rows = facts["results"]
     figure, axis = plt.subplots(figsize=(8, 0.4 * len(rows) + 1.5), layout="constrained")
-    hatches = ("", "//", "..", "")
+    hatches = ("", "//", "...", "")
     for place, row in enumerate(rows):
         left = 0.0
         for (name, colour), hatch in zip(PHASES.items(), hatches, strict=True):

@@ -264,8 +264,8 @@ class Page:
         yield "## What does a user gain?"
         yield prose("""
             Against the uncached loop as it is published, on the unpatched model: a forward over the whole
-            row for every token, no stop at the end. Its time is extrapolated: all of its forwards do the
-            same work, of which n were measured.
+            row for every token, no stop at the end, rows of a batch one after the other. Its time is
+            extrapolated: all of its forwards do the same work, of which n were measured.
         """)
         yield from self._unmeasured("end_to_end")
         for device, facts in self._with("end_to_end"):
