@@ -76,6 +76,9 @@ class Case:
     eos: bool = False
     narrow: bool = False
 
+    def __str__(self) -> str:
+        return f"prompt {self.prompt}, gen_length {self.gen_length}, batch {self.batch}"
+
 
 CASES = {
     "cpu": [
@@ -364,7 +367,7 @@ def run_case(
             found += measure(case, [stop[0]], args.repeats, args.seconds_each)
 
     base = statistics.median(found[0][0]) * case.gen_length
-    print(f"\n{shape.name} {dtype}, batch {case.batch}, prompt {case.prompt}, gen_length {case.gen_length}")
+    print(f"\n{shape.name} {dtype}, {case}")
     is_right = True
     rows_found = []
     for c, count, (samples, rows, nfe) in zip(candidates, tokens, found, strict=True):

@@ -340,6 +340,7 @@ class Page:
             together: one that rounds differently fills another position or another token, and all that
             follow see it. The least share of equal tokens over all cases:
         """)
+        yield from self._unmeasured("end_to_end")
         for device, facts in self._with("end_to_end"):
             shares: dict[tuple[str, str, str], list[float]] = {}
             for row in facts["results"]:
