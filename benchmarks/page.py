@@ -335,10 +335,10 @@ class Page:
         """Least share of equal tokens between implementations."""
         yield "## Are the tokens the same?"
         yield prose("""
-            In float32 they are, whichever runtime computes the forwards. In bfloat16 the runtimes round
-            sums of another order, and so does the published code. Logits of random weights lie close
-            together: one that rounds differently fills another position or another token, and all that
-            follow see it. The least share of equal tokens over all cases:
+            The runtimes, and the published code, add in different orders, and so round differently. Confidences
+            of random weights lie close together: where two are nearly equal, another position or token is
+            filled, and all that follow see it. In float32 that takes a tie in six digits or so; in bfloat16 it
+            is common. Shares of equal tokens, over all cases with the same settings:
         """)
         yield from self._unmeasured("end_to_end")
         for device, facts in self._with("end_to_end"):
