@@ -9,8 +9,8 @@ says from how many.
 
 PATH is a checkout of NVlabs/Fast-dLLM, whose code for LLaDA runs with the same weights, prompt and schedule
 in turns with ours. It is written for transformers 4.49. Tokens are compared as well. Random weights give
-confidences that agree in six digits now and then, which float32 cannot tell apart whatever the order of sums: a
-case with such a tie goes another way from there on, in any two implementations.
+confidences that agree in six digits now and then, which float32 cannot tell apart whatever the order of
+sums: a case with such a tie goes another way from there on, in any two implementations.
 
 Random weights never reach a confidence of 0.9, so the schedule is fixed: so many tokens a step.
 """

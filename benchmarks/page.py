@@ -335,10 +335,10 @@ class Page:
         """Least share of equal tokens between implementations."""
         yield "## Are the tokens the same?"
         yield prose("""
-            The runtimes, and the published code, add in different orders, and so round differently. Confidences
-            of random weights lie close together: where two are nearly equal, another position or token is
-            filled, and all that follow see it. In float32 that takes a tie in six digits or so; in bfloat16 it
-            is common. Shares of equal tokens, over all cases with the same settings:
+            The runtimes, and the published code, add in different orders, and so round differently.
+            Confidences of random weights lie close together: where two are nearly equal, another position
+            or token is filled, and all that follow see it. In float32 that takes a tie in six digits or so;
+            in bfloat16 it is common. Shares of equal tokens, over all cases with the same settings:
         """)
         yield from self._unmeasured("end_to_end")
         for device, facts in self._with("end_to_end"):
