@@ -17,7 +17,11 @@ PYTHON_ON = PYTHONPATH=$(1):$(SITE) $(abspath $(BIN))/python -S
 OTHER_TRANSFORMERS := $(VENV)/transformers-$(TRANSFORMERS)
 TRANSFORMERS_TESTS := $(addprefix tests/test_,compat.py patching.py load.py models.py idioms.py)
 
-.PHONY: help install demo test test-transformers lint format wheel asan mutants bench bench-cpp clean
+# Where make bench writes; a checkout of NVlabs/Fast-dLLM to measure beside, which old transformers run.
+BENCH_DIR ?= build/bench
+BENCH_REFERENCE ?=
+
+.PHONY: help install demo test test-transformers lint format wheel asan mutants bench bench-page bench-cpp clean
 help:
 	@echo "make demo    build, then the bundled model: unpatched against patched, one table"
 	@echo "make test    build, then the whole test-suite; then test-transformers"
@@ -26,7 +30,9 @@ help:
 	@echo "make wheel   build as plain pip does, with build isolation, and try the result"
 	@echo "make asan    the operations' tests, emulated CUDA included, under AddressSanitizer and UBSan"
 	@echo "make mutants  does the suite notice every fault that is planted in a CUDA kernel? (an hour)"
-	@echo "make bench   every operation beside torch and beside a copy"
+	@echo "make bench   generations, phases, growth, memory, operations: under 20 minutes, and a page of them in"
+	@echo "             $(BENCH_DIR); BENCH_REFERENCE=PATH measures beside a checkout of NVlabs/Fast-dLLM"
+	@echo "make bench-page  docs/performance.md from benchmarks/results"
 	@echo "make bench-cpp  the kernels without torch (needs Google Benchmark); BENCH_FLAGS=--benchmark_..."
 
 $(BIN)/python:
@@ -101,8 +107,19 @@ asan: install
 mutants: install
 	$(BIN)/python tests/simt/mutate.py --out docs/mutation.md $(MUTATE_FLAGS)
 
-bench: install
-	$(BIN)/python benchmarks/ops.py --out build/bench/ops.json
+bench: install $(if $(BENCH_REFERENCE),$(OTHER_TRANSFORMERS)/.installed)
+	$(if $(BENCH_REFERENCE),PYTHONPATH=$(abspath $(OTHER_TRANSFORMERS))) \
+	  $(BIN)/python benchmarks/end_to_end.py --device cpu --seconds 480 --out $(BENCH_DIR)/end_to_end-cpu.json \
+	  $(if $(BENCH_REFERENCE),--reference $(BENCH_REFERENCE))
+	$(BIN)/python benchmarks/phases.py --device cpu --seconds 90 --out $(BENCH_DIR)/phases-cpu.json
+	$(BIN)/python benchmarks/growth.py --device cpu --seconds 150 --out $(BENCH_DIR)/growth-cpu.json
+	$(BIN)/python benchmarks/memory.py --device cpu --seconds 90 --out $(BENCH_DIR)/memory-cpu.json
+	$(BIN)/python benchmarks/ops.py --device cpu --repeats 11 --out $(BENCH_DIR)/ops-cpu.json
+	$(BIN)/python benchmarks/page.py --results $(BENCH_DIR) --out $(BENCH_DIR)/performance.md \
+	  --images $(BENCH_DIR)/images
+
+bench-page: install
+	$(BIN)/python benchmarks/page.py
 
 # Bound threads that sleep while they wait: else two on one core can stall each other for milliseconds.
 bench-cpp: $(VENV)/.torch

@@ -14,15 +14,12 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import os
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastdllm_ext as fd
+from common import machine_facts
 from fastdllm_ext import _C, ops
 from fastdllm_ext.ops import Knob, Row, Rule
 from fastdllm_ext.rope import rope_table
@@ -520,6 +517,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the first context and batch, 5 repeats")
     parser.add_argument("--contexts", type=int, nargs="+", help="default: 2048; on CUDA 512 ... 32768")
     parser.add_argument("--batches", type=int, nargs="+", help="default: 1; on CUDA 1 and 16")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no new case after so many")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     cuda = args.device == "cuda"
@@ -532,17 +530,11 @@ def main() -> None:
 
     torch.manual_seed(0)
     bench = Bench(args.device, args.repeats)
-    load = os.getloadavg()
-    facts = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("FASTDLLM_COMMIT", ""),
-        "changed_files": _git("diff", "HEAD", "--name-only").splitlines(),
-        "command": shlex.join(["python", *sys.argv]),
-        "environment": fd.collect_env(),
+    facts = machine_facts(args.device) | {
         "conditions": {
             "head_dim": HEAD_DIM, "queries": BLOCK, "page_size": PAGE, "repeats": args.repeats,
             "order": "interleaved", "cache_bytes": bench.cache, "rotation_bytes": bench.rotation,
-            "load_before": load, "ratios": "times_ours: seconds of the call over those of ours",
+            "ratios": "times_ours: seconds of the call over those of ours",
         },
     }  # fmt: skip
     results: list[dict[str, Any]] = []
@@ -550,7 +542,11 @@ def main() -> None:
     copy_rate = 0.0
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
+        end = time.perf_counter() + args.seconds
         for case in cases(bench, contexts, batches):
+            if time.perf_counter() > end:
+                missing["what follows"] = "the time was up"
+                break
             results += report(case, bench.samples(case), copy_rate)
             missing |= case.missing
             if not copy_rate:
@@ -560,14 +556,9 @@ def main() -> None:
             del case
             if cuda:
                 torch.cuda.empty_cache()
+    args.out.write_text(json.dumps(written | {"missing": missing}, indent=1) + "\n", encoding="utf-8")
     for name, reason in missing.items():
         print(f"without {name}: {reason}")
-
-
-def _git(*arguments: str) -> str:
-    folder = Path(__file__).parent
-    found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=folder)
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@
 #
 # Parts run in order of worth, each within its own time; one that fails does not stop the rest, unless it is the
 # build. The exit status says whether anything failed. At most eight files come out in DIR; log.txt has it all.
+# All files of results lie in results.tar, which is written anew after every part that makes one:
+#
+#   tar -xf DIR/results.tar -C benchmarks/results && make bench-page
 #
 # Needs python3 (or $PYTHON) with a CUDA build of torch >= 2.11, transformers, pytest, scikit-build-core and
 # pybind11; cmake >= 3.25, ninja, nvcc >= 12.4 and a C++20 compiler. No network. Used where they are there:
@@ -15,6 +18,8 @@ out=$(mkdir -p "${1:?"usage: $0 DIR"}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
 exec > >(tee "$out/log.txt") 2>&1
+results=$(mktemp -d)
+trap 'rm -rf "$results"' EXIT
 
 status=0
 summary=()
@@ -30,6 +35,12 @@ part() {
   summary+=("$(printf '%-12s exit %3d %4d s' "$name" $code $((SECONDS - begin)))")
   return $code
 }
+# bench NAME SECONDS ARGUMENTS...: stops by itself before its time is up.
+bench() {
+  part "$1" "$2" "$python" "benchmarks/$1.py" --device cuda --out "$results/$1-cuda.json" "${@:3}"
+  pack
+}
+pack() { tar -C "$results" -cf "$out/results.tar" .; }
 pytest() { part "$1" "$2" "$python" -m pytest -p no:cacheprovider --junitxml "$out/$1.xml" "${@:3}"; }
 finish() {
   echo "=== summary after $SECONDS s"
@@ -48,7 +59,11 @@ part build 130 "$python" -m pip install -q --no-build-isolation --no-deps -e . \
 "$python" -m fastdllm_ext env
 
 pytest pytest-cuda 105 -m cuda
-part ops 85 "$python" benchmarks/ops.py --device cuda --out "$out/ops-cuda.json"
+bench end_to_end 85 --repeats 3 --seconds-each 4 --seconds 55
+bench phases 25 --repeats 2 --seconds 12
+bench growth 40 --repeats 1 --seconds 25
+bench ops 45 --seconds 35
+bench memory 15 --contexts 2048 16384 --seconds 8
 
 # In the install's own build folder, where all but the benchmark is built already.
 # shellcheck disable=SC2317
@@ -62,11 +77,12 @@ bench_cpp() {
   rm "$out/cmake.txt"
   cmake --build "$folder" --target fastdllm_bench &&
     "$folder/benchmarks/cpp/fastdllm_bench" --benchmark_filter='^cuda/' --benchmark_min_time=0.02 \
-      --benchmark_out="$out/cpp-cuda.json" --benchmark_out_format=json
+      --benchmark_out="$results/cpp-cuda.json" --benchmark_out_format=json
 }
 export -f bench_cpp
-export out
-part bench-cpp 45 bash -c bench_cpp
+export out results
+part bench-cpp 35 bash -c bench_cpp
+pack
 
 # Without torch's own memory pool, which hides accesses past the end.
 sanitize() {
@@ -74,11 +90,10 @@ sanitize() {
     "$python" -m pytest -p no:cacheprovider -x -m cuda "${@:3}"
 }
 if command -v compute-sanitizer >/dev/null; then
-  sanitize memcheck 60 tests/test_copy_pages.py tests/test_unmask.py tests/test_paged_attention.py
-  sanitize racecheck 60 tests/test_unmask.py tests/test_paged_attention.py
+  sanitize memcheck 30 tests/test_copy_pages.py tests/test_unmask.py tests/test_paged_attention.py
+  sanitize racecheck 25 tests/test_unmask.py tests/test_paged_attention.py
 else
   echo "no compute-sanitizer: skipped"
 fi
 
-pytest pytest-rest 50 -m "not cuda"
 finish
