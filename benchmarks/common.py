@@ -371,7 +371,7 @@ def machine_facts(device: str) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD") or os.environ.get("FASTDLLM_COMMIT", ""),
-        "changed_files": _git("diff", "HEAD", "--name-only").splitlines(),
+        "changed_files": _git("diff", "HEAD", "--name-only", "--", ".", ":!benchmarks/results").splitlines(),
         "command": command_line(sys.argv),
         "device": device,
         "driver": _driver() if device == "cuda" else "",

@@ -50,8 +50,7 @@ def end_to_end(facts: Facts) -> Any:
     cases = list(dict.fromkeys((r["batch"], r["prompt"], r["gen_length"]) for r in rows))
     height = 0.17 * len(rows) / len(dtypes) + 0.3 * len(cases) + 1.6
     figure, axes = plt.subplots(
-        1, len(dtypes), figsize=(5 * len(dtypes) + 1, height), squeeze=False, sharey=True,
-        layout="constrained",
+        1, len(dtypes), figsize=(5 * len(dtypes) + 1, height), squeeze=False, layout="constrained",
     )  # fmt: skip
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         place, ticks = 0.0, []
@@ -59,6 +58,8 @@ def end_to_end(facts: Facts) -> Any:
             shown = [
                 r for r in rows if r["dtype"] == dtype and (r["batch"], r["prompt"], r["gen_length"]) == case
             ]
+            if not shown:
+                continue
             begin = place
             for row in sorted(shown, key=_rank):
                 axis.barh(
@@ -79,7 +80,7 @@ def end_to_end(facts: Facts) -> Any:
         axis.margins(x=0.12, y=0.01)
         axis.set(xlabel="times the speed of the uncached loop, one token a step")
         axis.set_title(dtype, fontsize=9, loc="left")
-    axes[0][0].invert_yaxis()
+        axis.invert_yaxis()
     by_label = {
         label: handle
         for axis in axes[0]

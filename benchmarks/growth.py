@@ -5,7 +5,8 @@
 Generations of two blocks at each size, with dual cache, take turns; a step's time is the median over the
 block steps of all generations, the device's work included. The exponent e of c * size^e is fitted by least
 squares on logarithms: 0 is a cost that does not grow, 1 one in proportion. Block length and batch vary in
-bfloat16 alone.
+bfloat16 alone. The operations of a block step at the smallest and at the largest context, under torch's
+profiler, tell what grows.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from common import (
     summary,
     watched_turns,
 )
+from phases import operations
 
 STEPS = 8  # of each block
 BLOCKS = 2
@@ -109,6 +111,13 @@ def measure(
     return rows
 
 
+def block_step_operations(model: Any, shape: Shape, dtype: str, point: Point, device: str) -> dict[str, Any]:
+    """Those of a block step by their own time, at one context."""
+    tables, _ = operations(lambda: generate(model, shape, point, device), device, (shape.vocab, shape.hidden))
+    found = next(table for table in tables if table["turn"] == "block_step")
+    return {"dtype": dtype, "context": point.context} | found
+
+
 def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Exponents of every series of two points or more, and what its last point takes, over its first."""
     found = []
@@ -137,6 +146,7 @@ def main() -> None:
         args, "How does cost grow?", cache="dual", blocks=BLOCKS, steps_a_block=STEPS, repeats=args.repeats,
         order="interleaved", weights="random",
     )  # fmt: skip
+    results.extra["operations"] = []
     for dtype in dtypes_of(args, "bfloat16", "float32"):
         model = make_model(shape, DTYPES[dtype], args.device)
         for varied, series in points(args.device, args.quick).items():
@@ -147,6 +157,11 @@ def main() -> None:
                 continue
             torch.manual_seed(0)
             rows = measure(model, shape, dtype, varied, series, args)
+            if varied == "context":
+                results.extra["operations"] += [
+                    block_step_operations(model, shape, dtype, point, args.device)
+                    for point in (series[0], series[-1])
+                ]
             results.extra["fits"] = fits([*results.rows, *rows])
             results.add(*rows)
         del model

@@ -442,6 +442,7 @@ class Page:
                 },
                 facts.get("fits", []),
             )
+            yield from self._what_grows(facts)
             yield table(
                 {
                     "dtype": lambda r: r["dtype"],
@@ -453,6 +454,26 @@ class Page:
                     "refresh, ms": lambda r: spread(r["refresh"], 1e3),
                 },
                 facts["results"],
+            )
+
+    def _what_grows(self, facts: Facts) -> Iterator[str]:
+        """Operations of a block step at the smallest and at the largest context."""
+        found = facts.get("operations", [])
+        for dtype in dict.fromkeys(entry["dtype"] for entry in found):
+            small, large = [
+                {operation["name"]: operation["seconds"] for operation in entry["operations"]}
+                for entry in found
+                if entry["dtype"] == dtype
+            ]
+            contexts = [entry["context"] for entry in found if entry["dtype"] == dtype]
+            yield f"Operations of a block step under the profiler, {dtype}, ms:"
+            yield table(
+                {
+                    "operation": lambda r: f"`{r[0]}`" if r[0] != "other" else r[0],
+                    f"context {contexts[0]}": lambda r: number(1e3 * r[1]) if r[1] is not None else "–",
+                    f"context {contexts[1]}": lambda r: number(1e3 * r[2]),
+                },
+                [(name, small.get(name), seconds) for name, seconds in large.items()],
             )
 
     def memory(self) -> Iterator[str]:

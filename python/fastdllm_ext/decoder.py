@@ -325,7 +325,7 @@ class Decoder:
         inputs = flat[plan.tokens]
         if self.config.cfg_scale:  # a twin sees nothing of what was given
             twins = inputs.view(2, -1)[1]
-            twins[self.given.view(-1)[plan.tokens].view(2, -1)[1]] = self.geometry.mask_id
+            twins.masked_fill_(self.given.view(-1)[plan.tokens].view(2, -1)[1], self.geometry.mask_id)
         self.attention.attend_over(plan.layout)
         hidden = self.runtime.hidden(inputs, self.attention)
         masked = flat[plan.candidates] == self.geometry.mask_id
