@@ -174,8 +174,8 @@ def test_the_peak_is_what_the_formula_says(
 ) -> None:
     """At most that, and at least nine tenths of it: the formula is no bound of anything else.
 
-    In bfloat16 by the tensors that operations return (see above), in float32 by all allocations. The first see
-    nothing of gate and up, which the fused runtime's operation keeps to itself: there they are a bound alone.
+    In bfloat16 by the tensors that operations return (see above), in float32 by all allocations. The first
+    see nothing of gate and up, which the fused runtime's operation keeps to itself: it is a bound there.
     """
     settings = {k: v for k, v in settings.items() if k != "top_p" or family == "dream"}  # LLaDA has none
     model, prompts = model_of(family, dtype, settings.pop("inner", 192)), prompts_of(*settings.pop("prompts"))
