@@ -5,8 +5,8 @@
 
 namespace fastdllm {
 
-// Asks for large pages where [address, address + bytes) has room for whole ones that nothing has touched yet. A
-// wish: on systems without them, nothing happens.
+// Asks for large pages where [address, address + bytes) has room for whole ones that nothing has touched yet.
+// A wish: on systems without them, nothing happens.
 void advise_huge_pages(void* address, int64_t bytes);
 
 } // namespace fastdllm
