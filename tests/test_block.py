@@ -84,6 +84,22 @@ def test_what_is_captured_keeps_no_pages(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(graphs) == 2
 
 
+def test_weights_that_moved_are_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = pretend(monkeypatch)
+    model, cache = tiny_llada(), fd.PagedKVCache(2, 4, 8, num_pages=9)
+    settings = {"gen_length": 32, "block_length": 16, "steps": 32, "kv_cache": cache}
+    prompt = torch.full((1, 9), 5)
+    for _ in range(2):
+        fd.generate(model, prompt, **settings)
+    assert len(graphs) == 1
+    norm = model.model.transformer["blocks"][0].attn_norm
+    norm.weight.data = norm.weight.detach() * 1.5
+    found = fd.generate(model, prompt, **settings)
+    assert len(graphs) == 2
+    monkeypatch.undo()
+    assert_same(found, fd.generate(model, prompt, **settings))
+
+
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("runtime", ["fused", "modules"])
 def test_what_cannot_be_captured_takes_single_steps(

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 import fastdllm_ext as fd
 from fastdllm_ext.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
 from fastdllm_ext.rope import rope_table
+from fastdllm_ext.runtime import fused
 from tiny import MASK, tiny_dream, tiny_llada
 
 FAMILIES = ("llada", "dream")
@@ -194,6 +195,20 @@ def test_the_peak_is_what_the_formula_says(
         peak = watch.peak
     least = 0.0 if (dtype, runtime) == (torch.bfloat16, "fused") else 0.9
     assert least * needed["total"] <= peak <= needed["total"], needed
+
+
+@pytest.mark.parametrize("chunk", [700, 1700])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_peak_of_rows_in_chunks(family: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows past what the fused runtime computes at a time, by all allocations."""
+    monkeypatch.setattr(fused, "CHUNK", chunk)
+    model, prompts = model_of(family), prompts_of(1500, 700, 1100)
+    fd.generate(model, prompts, gen_length=1)  # joins the weights
+    config = fd.GenerationConfig(gen_length=32, block_length=16, steps=4)
+    needed = fd.memory_needed(model, [len(p) + 32 for p in prompts], config)
+    rope_table.cache_clear()
+    peak, _ = allocated(lambda: fd.generate(model, prompts, config=config))
+    assert 0.9 * needed["total"] <= peak <= needed["total"], needed
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -103,6 +103,16 @@ def test_unpatch_gives_each_parameter_its_own_memory_back(family: Callable[..., 
         assert p.untyped_storage().nbytes() == p.nbytes
 
 
+def test_unpatch_leaves_slices_of_ones_own(family: Callable[..., Any]) -> None:
+    model = fd.patch(family(), runtime="modules")
+    layer = patched_family(model).parts(model).layers[0]
+    layer.down.weight.data = torch.cat((layer.down.weight.detach(),) * 2)[: len(layer.down.weight)]
+    addresses = [p.data_ptr() for p in model.parameters()]
+    fd.generate(model, ROW, gen_length=5)
+    fd.unpatch(model)
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+
+
 @pytest.mark.parametrize(
     "moved",
     [
@@ -149,7 +159,9 @@ def test_joining_and_parting() -> None:
     assert last.data_ptr() == c.data_ptr() == whole.data_ptr() + whole.nbytes
     assert [x.data_ptr() for x in join([[a, b], [c]])] == [whole.data_ptr(), last.data_ptr()]
     assert not whole.requires_grad
-    part([a, b])
+    part([[b, a]])
+    assert a.data_ptr() == whole.data_ptr(), "not joined in this order"
+    part([[a, b], [c]])
     assert torch.equal(torch.cat((a, b)), wanted)
     assert b.untyped_storage().nbytes() == b.nbytes
     # Neighbours in another order are no neighbours here.
@@ -343,7 +355,7 @@ def test_bfloat16_agrees_nearly_always() -> None:
 
 
 def test_a_context_of_32768_positions() -> None:
-    """A row of that length, in memory that does not grow with the MLP's width."""
+    """A row of that length runs; test_memory.py has what long rows need."""
     model = tiny_llada(max_sequence_length=32768, n_layers=1)
     prompt = torch.randint(2, MASK, (1, 32768 - 32))
     output = fd.generate(model, prompt, gen_length=32, steps=2, stop_on_eos=False)

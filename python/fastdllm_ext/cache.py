@@ -8,23 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdllm_ext import _C, ops
+from fastdllm_ext import ops
 from fastdllm_ext._C import OutOfPages, PagePool
+from fastdllm_ext.huge_pages import on_huge_pages
 
 __all__ = ["CacheStats", "OutOfPages", "PagePool", "PagedKVCache"]
 
 PAGE_SIZES = (16, 32, 64)
 PAGE_SIZE = 32  # where nothing is said
-
-
-def on_huge_pages(x: Tensor) -> Tensor:
-    """The same tensor, fresh and unwritten, with large pages of virtual memory where the CPU has them.
-
-    A core finds its way through small ones at some 20 GB/s, where memory would give more.
-    """
-    if x.device.type == "cpu":
-        _C.advise_huge_pages(x.data_ptr(), x.nbytes)
-    return x
 
 
 @dataclass(frozen=True)

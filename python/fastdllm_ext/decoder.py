@@ -29,7 +29,7 @@ from fastdllm_ext.ops import Knob, Row, Rule
 from fastdllm_ext.patching.family import Family, Geometry
 from fastdllm_ext.patching.registry import patched_family, patched_runtime
 from fastdllm_ext.runtime import Fused, Modules, choose_runtime
-from fastdllm_ext.runtime.block import BlockShape, BlockStep, addresses, graphs_of, guided
+from fastdllm_ext.runtime.block import STATE, BlockShape, BlockStep, addresses, graphs_of, guided
 from fastdllm_ext.runtime.graphs import batch_bucket, page_bucket
 
 
@@ -297,16 +297,18 @@ class Decoder:
         """Steps of the plan until a row needs the host, as graphs."""
         assert self.graphs is not None
         assert isinstance(self.runtime, Fused)
-        key = (shape, *addresses(self.runtime, self.attention, self.cache))
+        runtime = self.runtime
+        state = {name: getattr(self, "state" if name == "rows" else name) for name in STATE}
+        key = (shape, *addresses(runtime, self.attention))
         index = torch.tensor([row.index for row in active], device=self.tokens.device)
         with self.graphs.lock, self.timings.phase("block_steps"):
             taken = self.graphs.run(
                 key,
                 lambda: BlockStep(shape, self.cache.page_size, self.tokens.device),
-                lambda step: step.load(self, index, plan),
+                lambda step: step.load(runtime, self.attention, state, index, plan.layout, plan.positions),
                 shape.candidates,
             )
-            taken.step.store(self, index)
+            taken.step.store(state, index)
 
     def _knobs(self) -> Tensor:
         c, knobs = self.config, torch.zeros(len(Knob), dtype=torch.float32)

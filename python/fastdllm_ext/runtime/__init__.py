@@ -20,7 +20,6 @@ __all__ = [
     "Widths",
     "choose_runtime",
     "part_weights",
-    "why_not_fused",
 ]
 
 RUNTIMES = ("auto", "fused", "modules")

@@ -7,22 +7,23 @@ that do nothing: there is no mask in their tokens, no key that they attend to an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fastdllm_ext import ops
-from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.forward import Attention, Layout, Runs
 from fastdllm_ext.ops import Row
 from fastdllm_ext.runtime.fused import Fused
 from fastdllm_ext.runtime.graphs import CudaGraphs, Rung, StepGraphs
 
-__all__ = ["BlockShape", "BlockStep", "graphs_of", "guided"]
+__all__ = ["STATE", "BlockShape", "BlockStep", "addresses", "graphs_of", "guided"]
+
+# What is known of every row, [rows, ...] each: `unmask` has them, but for the tokens that were given.
+STATE = ("tokens", "given", "step_map", "confidence", "rows", "knobs", "quotas")
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class BlockStep:
     """One step of a block: ``graphs.StaticStep``.
 
     Attributes:
-        rows: [B, len(Row)] int64.
-        tokens, step_map, confidence: [B, positions of the pages], as the decoder's.
+        tokens, given, step_map, confidence, rows, knobs, quotas: :data:`STATE`; the first four are as wide as
+            the pages have positions.
     """
 
     def __init__(self, shape: BlockShape, page_size: int, device: torch.device) -> None:
@@ -100,43 +101,59 @@ class BlockStep:
             outputs=Runs.of([s] * (lanes * b)).to(device),
             is_fresh=False,
         )
-        self.runtime: Any = None
+        self.runtime: Fused | None = None
         self.attention: Attention | None = None
 
-    def load(self, decoder: Any, index: Tensor, plan: Any) -> None:
-        """Copies the decoder's rows ``index`` [n], and their plan, into the step's tensors."""
+    def load(
+        self,
+        runtime: Fused,
+        attention: Attention,
+        state: Mapping[str, Tensor],
+        index: Tensor,
+        layout: Layout,
+        positions: Tensor,
+    ) -> None:
+        """Copies rows, and where their queries and keys lie, into the step's tensors.
+
+        Args:
+            runtime, attention: what computes the step.
+            state: :data:`STATE` by name, of all rows.
+            index: [n] int64, the rows that take the step.
+            layout: of the queries of these alone.
+            positions: [n * candidates] int64, of the candidates in their rows.
+        """
         n, lanes = len(index), self.shape.lanes
-        self.runtime, self.attention = decoder.runtime, decoder.attention
+        self.runtime, self.attention = runtime, attention
         self.tokens.fill_(self.shape.pad_id)
         self.rows.copy_(self.idle)
         self.layout.slots.fill_(-1)
         self.layout.kv_lens.zero_()
-        for mine, theirs in self._shared(decoder):
+        for name in STATE:
+            mine, theirs = getattr(self, name), state[name]
             mine[:n, : theirs.shape[1]] = theirs[index, : mine.shape[1]]
-        self.positions.view(self.shape.rows, -1)[:n] = plan.positions.view(n, -1)
-        at = plan.layout
+        self.positions.view(self.shape.rows, -1)[:n] = positions.view(n, -1)
         for name in ("positions", "slots", "block_table", "kv_lens"):
-            mine, theirs = getattr(self.layout, name), getattr(at, name)
+            mine, theirs = getattr(self.layout, name), getattr(layout, name)
             mine, theirs = (x.view(lanes, rows, -1) for x, rows in ((mine, self.shape.rows), (theirs, n)))
             mine[:, :n, : theirs.shape[2]] = theirs
         # Queries that are wanted, counted from the first of each sequence, here and there.
-        wanted = at.wanted.view(lanes * n, -1) - self.first_query[: lanes * n]
+        wanted = layout.wanted.view(lanes * n, -1) - self.first_query[: lanes * n]
         first = self.first_query.view(lanes, -1, 1)[:, :n]
         self.layout.wanted.view(lanes, self.shape.rows, -1)[:, :n] = wanted.view(lanes, n, -1) + first
 
-    def store(self, decoder: Any, index: Tensor) -> None:
-        """Copies the results back, and lets go of what is the decoder's."""
-        for name in ("tokens", "step_map", "confidence"):
-            mine, theirs = getattr(self, name), getattr(decoder, name)
+    def store(self, state: Mapping[str, Tensor], index: Tensor) -> None:
+        """Copies the results back, and lets go of what is the caller's."""
+        for name in ("tokens", "step_map", "confidence", "rows"):
+            mine, theirs = getattr(self, name), state[name]
             width = min(mine.shape[1], theirs.shape[1])
             theirs[index, :width] = mine[: len(index), :width]
-        decoder.state[index] = self.rows[: len(index)]
         # What is captured knows the pages by their address: it must not keep them from being freed.
         self.runtime = self.attention = None
 
     def __call__(self) -> None:
         """One forward of all rows, and what it fills."""
         shape, layout = self.shape, self.layout
+        assert self.runtime is not None
         assert self.attention is not None
         inputs = self.tokens[self.row_of, layout.positions]
         if shape.cfg_scale:
@@ -160,15 +177,11 @@ class BlockStep:
             shape.filtered,
         )
 
-    def _shared(self, decoder: Any) -> list[tuple[Tensor, Tensor]]:
-        names = {name: name for name in ("tokens", "given", "step_map", "confidence", "knobs", "quotas")}
-        return [(getattr(self, a), getattr(decoder, b)) for a, b in (names | {"rows": "state"}).items()]
 
-
-def addresses(runtime: Fused, attention: Attention, cache: PagedKVCache) -> tuple[int, ...]:
+def addresses(runtime: Fused, attention: Attention) -> tuple[int, ...]:
     """Where everything lies that a captured step reads or writes beside its own tensors."""
     tables = [table for pair in attention.tables.values() for table in pair]
-    return (*runtime.addresses, *(x.data_ptr() for x in (*tables, *cache.storage)))
+    return (*runtime.addresses, *(x.data_ptr() for x in (*tables, *attention.cache.storage)))
 
 
 _GRAPHS: WeakKeyDictionary[nn.Module, StepGraphs[BlockStep]] = WeakKeyDictionary()

@@ -63,7 +63,6 @@ class Fused:
             return Norm(module.weight, getattr(module, family.rms_norms[type(module).__name__]))
 
         self.embedding: Any = parts.embedding
-        self.layers = parts.layers
         self.products: list[tuple[Product, ...]] = [_join(groups) for groups in _groups(parts)]
         self.mlp_norms = [norm(layer.mlp_norm) for layer in parts.layers]
         # The norm before each layer's attention, and the one after the last layer.
@@ -91,8 +90,8 @@ class Fused:
             self._queries(attend, 0, ops.rms_norm(x[rows], first.weight, first.eps), rows)
             for rows in _chunks(x)
         )
-        for i in range(len(self.layers)):
-            is_last = i == len(self.layers) - 1
+        for i in range(len(self.products)):
+            is_last = i == len(self.products) - 1
             if is_last:
                 wanted = attend.layout.wanted
                 q, x = q[wanted], x[wanted]
@@ -118,7 +117,7 @@ class Fused:
         n = ops.add_rms_norm(o(a[rows]), x, norm.weight, norm.eps)
         n = ops.linear_silu_mul(n, gate_up.weight, gate_up.bias)
         n = ops.add_rms_norm(down(n), x, after.weight, after.eps)
-        return n if i == len(self.layers) - 1 else self._queries(attend, i + 1, n, rows)
+        return n if i == len(self.products) - 1 else self._queries(attend, i + 1, n, rows)
 
     @staticmethod
     def activation_bytes(widths: Widths, tokens: int) -> int:
@@ -141,15 +140,20 @@ def _groups(parts: Parts) -> Iterator[list[list[Any]]]:
 
 def _join(groups: list[list[Any]]) -> tuple[Product, ...]:
     """Products whose weights lie behind one another, and then their biases."""
-    has_bias = [getattr(group[0], "bias", None) is not None for group in groups]
-    biased = [group for group, found in zip(groups, has_bias, strict=True) if found]
-    joined = iter(
-        join([[m.weight for m in group] for group in groups] + [[m.bias for m in group] for group in biased])
-    )
+    joined = iter(join(_parameters(groups)))
     weights = [next(joined) for _ in groups]
+    has_bias = [getattr(group[0], "bias", None) is not None for group in groups]
     return tuple(
         Product(w, next(joined) if found else None) for w, found in zip(weights, has_bias, strict=True)
     )
+
+
+def _parameters(groups: list[list[Any]]) -> list[list[Tensor]]:
+    """The weights of each group, then the biases of those that have them; None where there is none."""
+    biased = [group for group in groups if getattr(group[0], "bias", None) is not None]
+    return [[getattr(m, "weight", None) for m in group] for group in groups] + [
+        [getattr(m, "bias", None) for m in group] for group in biased
+    ]  # type: ignore[return-value]
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
@@ -164,8 +168,9 @@ def _gather(parts: Iterator[Tensor]) -> Tensor:
 def part_weights(parts: Parts) -> None:
     """Gives every parameter that :class:`Fused` joined with others memory of its own again."""
     for groups in _groups(parts):
-        for module in chain(*groups):
-            part([p for p in module.parameters(recurse=False) if type(p) is nn.Parameter])
+        found = _parameters(groups)
+        if all(type(p) is nn.Parameter for p in chain(*found)):
+            part(found)
 
 
 def why_not_fused(family: Family, parts: Parts) -> str | None:
@@ -192,9 +197,7 @@ def why_not_fused(family: Family, parts: Parts) -> str | None:
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"a {_name(module)} has a hook, or a forward of its own"
     weights = [
-        p
-        for module in (*norms, *linear, *tied)
-        for p in (module.weight, module.bias if hasattr(module, "bias") else None)
+        p for module in (*norms, *linear, *tied) for p in (module.weight, getattr(module, "bias", None))
     ]
     found = [p for p in weights if p is not None]
     for p in found:

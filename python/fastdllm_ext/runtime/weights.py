@@ -13,7 +13,7 @@ from itertools import chain, pairwise
 import torch
 from torch import Tensor
 
-from fastdllm_ext.cache import on_huge_pages
+from fastdllm_ext.huge_pages import on_huge_pages
 
 
 @torch.no_grad()
@@ -46,8 +46,9 @@ def _are_joined(parameters: Sequence[Tensor]) -> bool:
 
 
 @torch.no_grad()
-def part(parameters: Sequence[Tensor]) -> None:
-    """Undoes :func:`join`: each that is a slice gets memory of its own."""
-    for p in parameters:
-        if p.untyped_storage().nbytes() > p.nbytes:
+def part(groups: Sequence[Sequence[Tensor]]) -> None:
+    """Undoes :func:`join`: where groups lie behind one another, each member gets memory of its own."""
+    every = list(chain(*groups))
+    if _are_joined(every):
+        for p in every:
             p.data = p.detach().clone()
