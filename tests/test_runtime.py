@@ -17,7 +17,7 @@ import fastdllm_ext as fd
 from fastdllm_ext import forward
 from fastdllm_ext.demo_tasks import held_out
 from fastdllm_ext.forward import Runs, library_attention
-from fastdllm_ext.patching.registry import find_family, patched_family
+from fastdllm_ext.patching.registry import Options, find_family, patched_family
 from fastdllm_ext.runtime import Fused, Modules, choose_runtime, fused
 from fastdllm_ext.runtime.weights import join, part
 from kinds import Kind, kinds
@@ -34,7 +34,7 @@ def family(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 def runtime_of(model: nn.Module, choice: str = "auto") -> type:
     found = patched_family(model)
-    return choose_runtime(choice, found, found.parts(model))
+    return choose_runtime(Options(runtime=choice), found, found.parts(model))
 
 
 def tokens_of(model: nn.Module, runtime: str, **settings: Any) -> Tensor:

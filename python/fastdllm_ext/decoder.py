@@ -27,8 +27,8 @@ from fastdllm_ext.decoding import REMASKING, GenerationConfig, Timings
 from fastdllm_ext.forward import Attention, Layout, Runs
 from fastdllm_ext.ops import Knob, Row, Rule
 from fastdllm_ext.patching.family import Family, Geometry
-from fastdllm_ext.patching.registry import patched_family, patched_runtime
-from fastdllm_ext.runtime import Fused, Modules, choose_runtime
+from fastdllm_ext.patching.registry import patched_family, patched_options
+from fastdllm_ext.runtime import Fused, Modules, make_runtime
 from fastdllm_ext.runtime.block import STATE, BlockShape, BlockStep, addresses, graphs_of, guided
 from fastdllm_ext.runtime.graphs import batch_bucket, page_bucket
 
@@ -199,9 +199,7 @@ class Decoder:
         self.model, self.geometry, self.config, self.cache = model, geometry, config, cache
         self.family: Family = patched_family(model)
         self.parts = self.family.parts(model)
-        self.runtime = choose_runtime(patched_runtime(model), self.family, self.parts)(
-            self.family, self.parts
-        )
+        self.runtime = make_runtime(patched_options(model), self.family, self.parts)
         self.seeds = seeds
         lengths = [len(row) for row in rows]
         self.attention = Attention(self.geometry, cache, max(lengths))

@@ -16,8 +16,8 @@ from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.decoding import GenerationConfig, check_count
 from fastdllm_ext.forward import Attention, device_of, evaluating, place_of_keys, whole_rows
 from fastdllm_ext.patching.family import Family, Geometry, Parts
-from fastdllm_ext.patching.registry import patched_family, patched_runtime, unwrapped
-from fastdllm_ext.runtime import Runtime, choose_runtime
+from fastdllm_ext.patching.registry import patched_family, patched_options, unwrapped
+from fastdllm_ext.runtime import Runtime, make_runtime
 
 __all__ = ["loglikelihood"]
 
@@ -81,7 +81,7 @@ def loglikelihood(
     totals = torch.zeros(len(pairs), dtype=torch.float64, device=device)
     rows = _rows(pairs, seeds, samples, batch_size)
     with evaluating(model):
-        runtime = choose_runtime(patched_runtime(model), family, parts)(family, parts)
+        runtime = make_runtime(patched_options(model), family, parts)
         while batch := list(itertools.islice(rows, batch_size)):
             _add_up(totals, batch, pairs, family, geometry, runtime, attention, cfg_scale)
     wrong = (~totals.isfinite()).nonzero()[:, 0].tolist()

@@ -10,7 +10,7 @@ from torch import nn
 from fastdllm_ext.cache import PAGE_SIZE, PagedKVCache
 from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.ops import Knob, Row
-from fastdllm_ext.patching.registry import patched_family, patched_runtime, unwrapped
+from fastdllm_ext.patching.registry import patched_family, patched_options, unwrapped
 from fastdllm_ext.rope import table_length
 from fastdllm_ext.runtime import Widths, choose_runtime
 
@@ -53,7 +53,7 @@ def memory_needed(
     pages = PagedKVCache.pages_for(list(lengths) * twins)
 
     widths = Widths.of(parts)
-    runtime = choose_runtime(patched_runtime(model), family, parts)
+    runtime = choose_runtime(patched_options(model), family, parts)
     page = 2 * geometry.num_layers * geometry.num_kv_heads * PAGE_SIZE * geometry.head_dim * widths.size
     logits = masks * (twins * (2 * widths.hidden + geometry.vocab_size) * widths.size + _CANDIDATE)
     found = {

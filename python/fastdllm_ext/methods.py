@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
@@ -10,13 +11,21 @@ from torch import nn
 from fastdllm_ext.diffusion_generate import diffusion_generate
 from fastdllm_ext.generate import generate
 from fastdllm_ext.patching import registry
-from fastdllm_ext.runtime import RUNTIMES, choose_runtime, part_weights
+from fastdllm_ext.runtime import choose_runtime, part_weights
 
 METHODS: dict[str, Callable[..., Any]] = {"generate": generate, "diffusion_generate": diffusion_generate}
 
 
-def patch(model: nn.Module, *, runtime: Literal["auto", "fused", "modules"] | None = None) -> nn.Module:
+def patch(
+    model: nn.Module,
+    *,
+    runtime: Literal["auto", "fused", "modules"] | None = None,
+    quantization: Literal["none", "int8", "fp8"] | None = None,
+    kv_cache_dtype: Literal["auto", "fp8"] | None = None,
+) -> nn.Module:
     """Makes a model generate fast; its own call keeps working, bit for bit. Idempotent.
+
+    Of every option None is the first that is named, or what an earlier patch of this model said.
 
     Args:
         model: a LLaDA or Dream model: ours (:func:`fastdllm_ext.load`), the Hub's remote code, or NVlabs'
@@ -28,7 +37,6 @@ def patch(model: nn.Module, *, runtime: Literal["auto", "fused", "modules"] | No
             or quantisation; else modules; what it is is looked at anew in each generation. Both runtimes give
             the same tokens but where two choices lie closer than the rounding of sums in another order:
             rarely in float32, more often in bfloat16.
-            None: ``auto``, or what an earlier patch of this model said.
 
     Returns:
         The same model. LLaDA has a method ``generate`` with :func:`generate`'s arguments, Dream
@@ -39,13 +47,17 @@ def patch(model: nn.Module, *, runtime: Literal["auto", "fused", "modules"] | No
             the message lists what is supported. A runtime that is not one of these, or ``fused`` where the
             model is not made so. The model is then as it was.
     """
-    if runtime is not None and runtime not in RUNTIMES:
-        raise ValueError(f"runtime={runtime!r}; takes one of {', '.join(RUNTIMES)}")
-    if runtime == "fused":
+    asked = {"runtime": runtime, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+    said = {name: choice for name, choice in asked.items() if choice is not None}
+    for name, choice in said.items():
+        if choice not in registry.CHOICES[name]:
+            raise ValueError(f"{name}={choice!r}; takes one of {', '.join(registry.CHOICES[name])}")
+    options = replace(registry.patched_options(model), **said)
+    if said:
         inner = registry.unwrapped(model)
         family = registry.find_family(inner)
-        choose_runtime(runtime, family, family.parts(inner))
-    return registry.patch(model, METHODS, runtime)
+        choose_runtime(options, family, family.parts(inner))
+    return registry.patch(model, METHODS, options)
 
 
 def unpatch(model: nn.Module) -> nn.Module:

@@ -23,13 +23,30 @@ FAMILIES: tuple[Family, ...] = (LLaDA(), Dream())
 _MARK = "_fastdllm"  # on a patched model: its Patch
 
 
+# What :class:`Options` may say; the first where nothing is said.
+CHOICES = {
+    "runtime": ("auto", "fused", "modules"),
+    "quantization": ("none", "int8", "fp8"),
+    "kv_cache_dtype": ("auto", "fp8"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a patched model's forwards are computed: :func:`fastdllm_ext.patch`."""
+
+    runtime: str = "auto"
+    quantization: str = "none"  # of the linear layers
+    kv_cache_dtype: str = "auto"  # of the pages
+
+
 @dataclass
 class Patch:
     """What :func:`patch` did to a model, kept on it."""
 
     family: Family
     replaced: Any = None  # an instance attribute that stood in the place of the method
-    runtime: Any = "auto"  # how forwards are computed (``runtime.RUNTIMES``)
+    options: Options = Options()
 
 
 def supported_models() -> dict[str, dict[str, str]]:
@@ -66,9 +83,9 @@ def find_family(model: nn.Module) -> Family:
 
 
 def patch(
-    model: nn.Module, methods: Mapping[str, Callable[..., Any]], runtime: str | None = None
+    model: nn.Module, methods: Mapping[str, Callable[..., Any]], options: Options = Options()
 ) -> nn.Module:
-    """Gives a model its family's method of ``methods``, and a runtime where one is named. Idempotent.
+    """Gives a model its family's method of ``methods``, and options. Idempotent.
 
     Raises:
         TypeError, ValueError: not a supported model, or a configuration that its family does not cover;
@@ -82,8 +99,7 @@ def patch(
         name = family.generate_name
         inner.__dict__[_MARK] = Patch(family, inner.__dict__.get(name))
         inner.__dict__[name] = _bound(methods[name], inner)
-    if runtime is not None:
-        inner.__dict__[_MARK].runtime = runtime
+    inner.__dict__[_MARK].options = options
     return model
 
 
@@ -121,6 +137,6 @@ def patched_family(model: nn.Module) -> Family:
     return unwrapped(model).__dict__[_MARK].family
 
 
-def patched_runtime(model: nn.Module) -> Any:
-    """The runtime that a patched model's :func:`patch` asked for."""
-    return unwrapped(model).__dict__[_MARK].runtime
+def patched_options(model: nn.Module) -> Options:
+    """What a patched model's :func:`patch` asked for; the defaults where it is not patched."""
+    return unwrapped(model).__dict__[_MARK].options if is_patched(model) else Options()

@@ -58,7 +58,7 @@ class Norm:
 class Fused:
     """See ``Runtime``. Takes a model of which :func:`why_not_fused` has nothing to say."""
 
-    def __init__(self, family: Family, parts: Parts) -> None:
+    def __init__(self, family: Family, parts: Parts, quantization: str = "none") -> None:
         def norm(module: Any) -> Norm:
             return Norm(module.weight, getattr(module, family.rms_norms[type(module).__name__]))
 
