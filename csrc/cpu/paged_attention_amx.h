@@ -143,15 +143,15 @@ inline void scores(const PagedAttentionParams& p, const Item& t, int64_t key, in
 inline bool softmax(const float* s, int64_t n, float factor, float* maximum, float* total, float* rescale,
                     Word* p, Ahead& ahead) {
   const F32 f = broadcast(factor), before = load(maximum);
-  F32 m0 = before, m1 = before;
+  constexpr int kChains = 4;
+  F32 chains[kChains] = {before, before, before, before};
   int64_t j = 0;
-  for (; j + 2 <= n; j += 2) {
-    m0 = max(load(s + j * kPairRows) * f, m0);
-    m1 = max(load(s + (j + 1) * kPairRows) * f, m1);
-  }
-  if (j < n)
-    m0 = max(load(s + j * kPairRows) * f, m0);
-  F32 m = max(m0, m1);
+  for (; j + kChains <= n; j += kChains)
+    unroll<kChains>([&](auto i)
+                        FASTDLLM_INLINE { chains[i] = max(load(s + (j + i) * kPairRows) * f, chains[i]); });
+  for (; j < n; ++j)
+    chains[0] = max(load(s + j * kPairRows) * f, chains[0]);
+  const F32 m = max(max(chains[0], chains[1]), max(chains[2], chains[3]));
   store(maximum, m);
   const F32 minus_m = select(m == broadcast(kMinusInfinity), F32{}, -m); // nothing but -inf: 2^(-inf - 0) = 0
   const F32 a = exp2<5>(before + minus_m);
@@ -190,17 +190,20 @@ inline void interleave_values(const PagedAttentionParams& p, const Item& t, int6
                               Ahead& ahead) {
   const BFloat16* v_pages = static_cast<const BFloat16*>(p.v_pages);
   const int64_t head_dim = p.head_dim;
-  for (int64_t j = 0; j < n; j += 2) {
+  for (int64_t j = 0; j < n; j += kTile) { // that lie together
     const BFloat16* even = v_pages + key_offset(p, t, t.kv_head, key + j);
-    const bool two = j + 1 < n;
-    ahead.fetch<2>();
-    for (int64_t d = 0; d < head_dim; d += 32) {
-      const __m512i x = _mm512_loadu_si512(even + d);
-      const __m512i y = two ? _mm512_loadu_si512(even + head_dim + d) : _mm512_setzero_si512();
-      store_words(to + d, (U32)_mm512_unpacklo_epi16(x, y));
-      store_words(to + d + 16, (U32)_mm512_unpackhi_epi16(x, y));
+    for (int64_t i = j; i < min(n, j + kTile); i += 2) {
+      const bool two = i + 1 < n;
+      ahead.fetch<2>();
+      for (int64_t d = 0; d < head_dim; d += 32) {
+        const __m512i x = _mm512_loadu_si512(even + d);
+        const __m512i y = two ? _mm512_loadu_si512(even + head_dim + d) : _mm512_setzero_si512();
+        store_words(to + d, (U32)_mm512_unpacklo_epi16(x, y));
+        store_words(to + d + 16, (U32)_mm512_unpackhi_epi16(x, y));
+      }
+      even += 2 * head_dim;
+      to += head_dim;
     }
-    to += head_dim;
   }
   __builtin_memset(to, 0, (round_up(n, kTileKeys) - round_up(n, 2)) / 2 * head_dim * sizeof(Word));
 }
