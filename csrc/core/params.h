@@ -69,14 +69,16 @@ struct SiluMulParams {
 
 // out = x weight^T + bias, summed in float32 and rounded once. Where gated, out = silu(gate) * up of the gate
 // and up that the two halves of the weight give, each rounded; silu and the product are rounded again.
+// Where there are scales, the weight is int8, and row j of it stands for scales[j] times its numbers.
 struct LinearParams {
-  const void* x;      // [rows, k], x_stride between rows
-  const void* weight; // [n, k], weight_stride between rows; gated: [2 n, k], the gate's rows, then the up's
-  const void* bias;   // [n], gated: [2 n], or nullptr
-  void* out;          // [rows, n] contiguous
+  const void* x;       // [rows, k], x_stride between rows
+  const void* weight;  // [n, k], weight_stride between rows; gated: [2 n, k], the gate's rows, then the up's
+  const float* scales; // [n], gated: [2 n], or nullptr
+  const void* bias;    // [n], gated: [2 n], or nullptr
+  void* out;           // [rows, n] contiguous
   int64_t rows, n, k, x_stride, weight_stride;
   bool gated;
-  Dtype dtype;
+  Dtype dtype; // of x, bias and out
 };
 
 // Copies page src[i] over page dst[i] in every one of `outer` pools that lie outer_stride_bytes apart.

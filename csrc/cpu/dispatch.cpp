@@ -48,8 +48,8 @@ namespace {
 // Linux hands out the tile registers, which are large, only to processes that ask for them.
 bool amx_permitted() {
   unsigned eax, ebx, ecx, edx;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kBf16 | kTile)) != (kBf16 | kTile))
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25; // bf16, tile, int8
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kNeeded) != kNeeded)
     return false;
 #ifdef __linux__
   constexpr long kRequestPermission = 0x1023, kTileData = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

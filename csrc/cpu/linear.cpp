@@ -2,7 +2,8 @@
 // two halves of the weight, for few rows r.
 //
 // x [rows, k], strided rows; weight [n, k] ([2 n, k]), strided rows; bias [n] ([2 n]); out [rows, n]. Sums in
-// float32 in the order of k, whatever the rows; rounded after the bias is added.
+// float32 in the order of k, whatever the rows; rounded after the bias is added. An int8 weight has a scale
+// for each of its rows, which multiplies the sum.
 //
 // Bytes: the weight once, x once a thread, out once. What few rows cost is the reading of the weight, so that
 // it is read as it lies and nothing of it is packed: x^T is, once a call and thread, which is small.
@@ -13,10 +14,10 @@
 // fit in a core's own cache, a group of items goes over a part of k before the next.
 //
 // Element formats: as in paged_attention.cpp. bfloat16 is widened to float32 kUnits rows at a time, or read
-// in pairs as it lies where there is vdpbf16ps. With a tile unit it has an inner loop of its own,
-// linear_amx.h.
+// in pairs as it lies where there is vdpbf16ps; int8 is widened. With a tile unit bfloat16 and int8 have an
+// inner loop of their own, linear_amx.h.
 #include "cpu/linear.h"
-#if defined(__AMX_BF16__)
+#if defined(__AMX_INT8__)
 #include "cpu/linear_amx.h"
 #endif
 
@@ -29,14 +30,31 @@ static_assert(kBandRows % kUnits == 0);
 // Rows of the weight that are shorter are asked for ahead. The hardware itself follows along longer ones.
 constexpr int64_t kPage = 4096; // bytes
 
+// The formats of x and of the weight together.
+template <class Format_> struct Same : Format_ {
+  using Format = Format_;
+  using Weight = typename Format::Element;
+};
+// x widened to float32, the weight too.
+template <class T> struct Int8Weight : Float32 {
+  using Format = Float32;
+  using Element = T;
+  using Weight = int8_t;
+  static U32 words(const T* p, int64_t left) { return (U32)load_up_to(p, left); }
+  static void pack(const int8_t* from, Word* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i)
+      to[i] = __builtin_bit_cast(uint32_t, (float)from[i]);
+  }
+};
+
 // Adds to, or puts, the sums of kUnits rows of the weight, `unit` words apart, and a strip of kN vectors.
 // Asks for as many elements of the rows from `next` on, stride `next_stride`, in the order of memory.
-template <class Format, int kN, bool kAhead>
+template <class Pair, int kN, bool kAhead>
 void multiply_strip(const Word* weight, int64_t unit, const Word* x, int64_t words,
-                    const typename Format::Element* next, int64_t next_stride, bool add, float* sums,
+                    const typename Pair::Weight* next, int64_t next_stride, bool add, float* sums,
                     int64_t stride) {
-  constexpr int kAheadStride =
-      kAhead ? 2 * kUnits * Format::kDepth * (int)sizeof(typename Format::Element) : 0;
+  using Format = typename Pair::Format;
+  constexpr int kAheadStride = kAhead ? 2 * kUnits * Format::kDepth * (int)sizeof(typename Pair::Weight) : 0;
   F32 sum[kUnits][kN] = {};
   if (add)
     unroll<kUnits>([&](auto u) FASTDLLM_INLINE {
@@ -52,16 +70,16 @@ void multiply_strip(const Word* weight, int64_t unit, const Word* x, int64_t wor
 }
 
 // Whether rows of the weight are words as they lie.
-template <class Format> bool lies_in_words(const LinearParams& p) {
-  if constexpr (Format::kDepth * sizeof(typename Format::Element) != sizeof(Word))
+template <class Pair> bool lies_in_words(const LinearParams& p) {
+  if constexpr (Pair::kDepth * sizeof(typename Pair::Weight) != sizeof(Word))
     return false;
-  return p.k % Format::kDepth == 0 && p.weight_stride % Format::kDepth == 0 &&
+  return p.k % Pair::kDepth == 0 && p.weight_stride % Pair::kDepth == 0 &&
          (uintptr_t)p.weight % sizeof(Word) == 0;
 }
 
-template <class Format> void multiply_all(const LinearParams& p, int64_t begin, int64_t end) {
-  using Element = typename Format::Element;
-  constexpr int kDepth = Format::kDepth;
+template <class Pair> void multiply_all(const LinearParams& p, int64_t begin, int64_t end) {
+  using Weight = typename Pair::Weight;
+  constexpr int kDepth = Pair::kDepth;
   const int64_t words = (p.k + kDepth - 1) / kDepth, strip = kStripRows * words;
   const int64_t strips = (p.rows + kStripRows - 1) / kStripRows, stride = round_up(p.rows, kItemRows);
   Word* x = static_cast<Word*>(
@@ -70,9 +88,9 @@ template <class Format> void multiply_all(const LinearParams& p, int64_t begin, 
   Word* copy = (Word*)(sums + kGroupItems * kItemRows * stride);
   const auto is_narrow = [&](int64_t s) { return p.rows - s * kStripRows <= kLanes; };
   for (int64_t s = 0; s < strips; ++s)
-    pack_rows<Format>(p, s * kStripRows, is_narrow(s) ? kLanes : kStripRows, words, x + s * strip);
-  const bool direct = lies_in_words<Format>(p);
-  const bool ask = p.k * (int64_t)sizeof(Element) < kPage;
+    pack_rows<Pair>(p, s * kStripRows, is_narrow(s) ? kLanes : kStripRows, words, x + s * strip);
+  const bool direct = lies_in_words<Pair>(p);
+  const bool ask = p.k * (int64_t)sizeof(Weight) < kPage;
 
   const auto multiply_part = [&](const Item& t, int64_t k, int64_t columns, const Item& next, int64_t next_k,
                                  float* to) {
@@ -80,10 +98,10 @@ template <class Format> void multiply_all(const LinearParams& p, int64_t begin, 
     for (int band = 0; band < 2; ++band)
       for (int64_t u = 0; u < t.rows[band]; u += kUnits) {
         const int64_t row = t.first[band] + u, rows = min(t.rows[band] - u, kUnits);
-        const Element* ahead = u + kUnits < kBandRows ? weight_row<Element>(p, row + kUnits) + k
-                               : band == 0            ? weight_row<Element>(p, t.first[1]) + k
-                                                      : weight_row<Element>(p, next.first[0]) + next_k;
-        const Word* weight = (const Word*)(weight_row<Element>(p, row) + k);
+        const Weight* ahead = u + kUnits < kBandRows ? weight_row<Weight>(p, row + kUnits) + k
+                              : band == 0            ? weight_row<Weight>(p, t.first[1]) + k
+                                                     : weight_row<Weight>(p, next.first[0]) + next_k;
+        const Word* weight = (const Word*)(weight_row<Weight>(p, row) + k);
         int64_t unit = p.weight_stride / kDepth;
         if (!direct || rows < kUnits) {
           weight = copy;
@@ -91,31 +109,48 @@ template <class Format> void multiply_all(const LinearParams& p, int64_t begin, 
           if (rows < kUnits || part * kDepth != columns)
             __builtin_memset(copy, 0, kUnits * part * sizeof(Word));
           for (int64_t j = 0; j < rows; ++j)
-            Format::pack(weight_row<Element>(p, row + j) + k, copy + j * part, columns);
+            Pair::pack(weight_row<Weight>(p, row + j) + k, copy + j * part, columns);
         }
         for (int64_t s = 0; s < strips; ++s) {
           const auto multiply_one =
-              is_narrow(s) ? (s || !ask ? multiply_strip<Format, 1, false> : multiply_strip<Format, 1, true>)
-                           : (s || !ask ? multiply_strip<Format, 2, false> : multiply_strip<Format, 2, true>);
+              is_narrow(s) ? (s || !ask ? multiply_strip<Pair, 1, false> : multiply_strip<Pair, 1, true>)
+                           : (s || !ask ? multiply_strip<Pair, 2, false> : multiply_strip<Pair, 2, true>);
           const int64_t width = is_narrow(s) ? kLanes : kStripRows;
           multiply_one(weight, unit, x + s * strip + k / kDepth * width, part, ahead, p.weight_stride, k > 0,
                        to + (band * kBandRows + u) * stride + s * kStripRows, stride);
         }
       }
   };
-  for_each_part<Element>(p, begin, end, kDepth, sums, stride, multiply_part);
+  for_each_part(p, begin, end, kDepth, sums, stride, multiply_part,
+                [&](const Item& t, const float* of) { finish<typename Pair::Element>(p, t, of, stride); });
 }
 
 } // namespace
 
-void linear(const LinearParams& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::kFloat32)
-    return multiply_all<Float32>(p, begin, end);
-#if defined(__AMX_BF16__)
-  return amx::linear(p, begin, end);
+void linear(const LinearParams& all, int64_t begin, int64_t end) {
+  const int64_t most = linear_rows(all.dtype), bytes = all.dtype == Dtype::kFloat32 ? 4 : 2;
+  for (int64_t row = 0; row < all.rows; row += most) {
+    LinearParams p = all;
+    p.rows = min(most, all.rows - row);
+    p.x = (const char*)all.x + row * all.x_stride * bytes;
+    p.out = (char*)all.out + row * all.n * bytes;
+    const bool is_float = p.dtype == Dtype::kFloat32;
+#if defined(__AMX_INT8__)
+    if (p.scales)
+      is_float ? amx::linear<amx::Int8<float>>(p, begin, end)
+               : amx::linear<amx::Int8<BFloat16>>(p, begin, end);
+    else if (!is_float)
+      amx::linear<amx::Pairs>(p, begin, end);
 #else
-  multiply_all<NarrowFloat>(p, begin, end);
+    if (p.scales)
+      is_float ? multiply_all<Int8Weight<float>>(p, begin, end)
+               : multiply_all<Int8Weight<BFloat16>>(p, begin, end);
+    else if (!is_float)
+      multiply_all<Same<NarrowFloat>>(p, begin, end);
 #endif
+    else
+      multiply_all<Same<Float32>>(p, begin, end);
+  }
 }
 
 } // namespace fastdllm::cpu::FASTDLLM_ISA

@@ -89,11 +89,12 @@ inline void turn(const float* from, int64_t stride, float* to) {
 
 // out from sums [kItemRows][stride] of an item and all rows of x.
 template <class T> void finish(const LinearParams& p, const Item& t, const float* sums, int64_t stride) {
-  float bias[2][kBandRows] = {};
-  if (p.bias)
-    for (int band = 0; band < 2; ++band)
-      for (int64_t i = 0; i < t.rows[band]; ++i)
-        bias[band][i] = to_float(static_cast<const T*>(p.bias)[t.first[band] + i]);
+  float bias[2][kBandRows] = {}, scales[2][kBandRows] = {};
+  for (int band = 0; band < 2; ++band)
+    for (int64_t i = 0; i < t.rows[band]; ++i) {
+      bias[band][i] = p.bias ? to_float(static_cast<const T*>(p.bias)[t.first[band] + i]) : 0;
+      scales[band][i] = p.scales ? p.scales[t.first[band] + i] : 1;
+    }
   for (int64_t row = 0; row < p.rows; row += 16) {
     float block[2][16 * kBandRows];
     for (int band = 0; band < 2; ++band)
@@ -101,7 +102,7 @@ template <class T> void finish(const LinearParams& p, const Item& t, const float
     for (int64_t r = 0; r < min(16, p.rows - row); ++r) {
       T* out = static_cast<T*>(p.out) + (row + r) * p.n + t.column;
       const auto value = [&](int band, int64_t i) {
-        return load(block[band] + r * kBandRows + i) + load(bias[band] + i);
+        return load(block[band] + r * kBandRows + i) * load(scales[band] + i) + load(bias[band] + i);
       };
       if (p.gated)
         for (int64_t i = 0; i < t.rows[0]; i += kLanes)
@@ -116,11 +117,12 @@ template <class T> void finish(const LinearParams& p, const Item& t, const float
 }
 
 // Calls multiply(item, k, columns, next item, its k, sums) for parts of k of the items [begin, end): adds, or
-// where k is 0 puts, the products over elements [k, k + columns) to sums [kItemRows][stride]. Parts are such
-// that x's stays in the cache while a group of items goes over it. `depth`: elements of a word of x.
-template <class T, class F>
+// where k is 0 puts, the products over elements [k, k + columns) to sums [kItemRows][stride], and after the
+// last part of an item end_item(item, sums). Parts are such that x's stays in the cache while a group of
+// items goes over it. `depth`: elements of a word of x.
+template <class F, class E>
 void for_each_part(const LinearParams& p, int64_t begin, int64_t end, int64_t depth, float* sums,
-                   int64_t stride, const F& multiply) {
+                   int64_t stride, const F& multiply, const E& end_item) {
   const int64_t most = max(kPartWords / stride, kPartStep) * depth, parts = (p.k + most - 1) / most;
   const int64_t part = round_up((p.k + parts - 1) / parts, kPartStep), group = parts > 1 ? kGroupItems : 1;
   for (int64_t first = begin; first < end; first += group) {
@@ -133,7 +135,7 @@ void for_each_part(const LinearParams& p, int64_t begin, int64_t end, int64_t de
         multiply(item_at(p, i), k, min(part, p.k - k), next, more ? k : again ? k + part : 0, sums_of(i));
       }
     for (int64_t i = first; i < stop; ++i)
-      finish<T>(p, item_at(p, i), sums_of(i), stride);
+      end_item(item_at(p, i), sums_of(i));
   }
 }
 

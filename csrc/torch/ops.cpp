@@ -541,25 +541,34 @@ Tensor torch_linear(const Tensor& x, const Tensor& weight, const std::optional<T
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The weight of a gated product is that of the gate, then that of the up.
+// The weight of a gated product is that of the gate, then that of the up. An int8 weight has scales.
 Tensor multiply(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                bool gated) {
+                const std::optional<Tensor>& scales, bool gated) {
   const Checker is{op, x};
   const bool is_half = x.scalar_type() == ScalarType::Half;
-  const Dtype dtype = is_half && !gated ? Dtype::kFloat16 : is.dtype(x, "x");
+  const Dtype dtype = is_half && !gated && !scales ? Dtype::kFloat16 : is.dtype(x, "x");
   check(x.dim() >= 1, op, ": x is a scalar; takes [..., k]");
   const int64_t k = x.size(-1);
   check(k > 0, op, ": x has shape ", shape_text(x), "; takes rows of 1 or more");
   is.shape(weight, "weight", {kAny, k});
   is.device(weight, "weight");
-  is.same_dtype(weight, "weight");
+  if (scales) {
+    constexpr int64_t kMostColumns = 1 << 16; // whose exact sums fit in 32 bits
+    check(weight.scalar_type() == ScalarType::Char, op, ": weight has another dtype; with scales takes int8");
+    check(!for_cuda(x), op, ": weight is int8 on CUDA; takes the CPU");
+    check(k <= kMostColumns, op, ": weight has shape ", shape_text(weight), "; as int8 takes rows of up to ",
+          kMostColumns);
+    is.float32(*scales, "scales", {weight.size(0)});
+  } else {
+    is.same_dtype(weight, "weight");
+  }
   check(k == 1 || weight.stride(1) == 1, op, ": weight has strided columns");
   check(!gated || weight.size(0) % 2 == 0, op, ": weight has ", weight.size(0),
         " rows; takes those of the gate and as many of the up");
   if (bias)
     is.tensor(*bias, "bias", x.scalar_type(), "that of x", {weight.size(0)});
   const int64_t n = weight.size(0) / (gated ? 2 : 1), rows = x.numel() / k, x_stride = is.row_stride(x, "x");
-  if (for_cuda(x) || is_half || rows > fastdllm::cpu::linear_rows(dtype)) {
+  if (!scales && (for_cuda(x) || is_half || rows > fastdllm::cpu::linear_rows(dtype))) {
     // oneDNN reads what lies between strided rows of odd length: NaN there would reach the result.
     const bool is_dense = for_cuda(x) || x_stride == k;
     Tensor out = torch_linear(is_dense ? x : torch::stable::contiguous(x), weight, bias);
@@ -570,6 +579,7 @@ Tensor multiply(const char* op, const Tensor& x, const Tensor& weight, const std
   Tensor out = torch::stable::new_empty(x, shape);
   const fastdllm::LinearParams params{.x = x.const_data_ptr(),
                                       .weight = weight.const_data_ptr(),
+                                      .scales = scales ? data<float>(*scales) : nullptr,
                                       .bias = bias ? bias->const_data_ptr() : nullptr,
                                       .out = out.mutable_data_ptr(),
                                       .rows = rows,
@@ -585,12 +595,14 @@ Tensor multiply(const char* op, const Tensor& x, const Tensor& weight, const std
   return out;
 }
 
-Tensor linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bias) {
-  return multiply("linear", x, weight, bias, false);
+Tensor linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bias,
+              const std::optional<Tensor> scales) {
+  return multiply("linear", x, weight, bias, scales, false);
 }
 
-Tensor linear_silu_mul(const Tensor x, const Tensor weight, const std::optional<Tensor> bias) {
-  return multiply("linear_silu_mul", x, weight, bias, true);
+Tensor linear_silu_mul(const Tensor x, const Tensor weight, const std::optional<Tensor> bias,
+                       const std::optional<Tensor> scales) {
+  return multiply("linear_silu_mul", x, weight, bias, scales, true);
 }
 #endif
 
@@ -641,8 +653,8 @@ FASTDLLM_TORCH_LIBRARY(FASTDLLM_LIBRARY, m) {
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
   m.def("copy_pages(Tensor(a!) pages, Tensor src, Tensor dst) -> ()");
 #ifndef FASTDLLM_SIMT
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
-  m.def("linear_silu_mul(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? scales=None) -> Tensor");
+  m.def("linear_silu_mul(Tensor x, Tensor weight, Tensor? bias=None, Tensor? scales=None) -> Tensor");
 #endif
 }
 

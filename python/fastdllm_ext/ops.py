@@ -255,7 +255,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return _ops.silu_mul(gate, up)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias, summed in float32 and rounded once, after the bias.
 
     On the CPU, up to 64 rows of float32 and 128 of bfloat16 (a block step has 32) are multiplied by a kernel
@@ -264,18 +264,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tile unit and vdpbf16ps take denormal numbers as zero. More rows, float16 and CUDA go to torch's own
     ``linear``.
 
+    With scales the weight is int8, row j standing for ``scales[j] * weight[j]``; on the CPU, for float32
+    and bfloat16, any number of rows. On the tile unit x is rounded to 16 bits of its row's largest magnitude
+    first, by at most 2⁻¹⁶ of that, and the rest is exact up to the last rounding.
+
     Args:
         x: [..., k] float32, bfloat16 or float16, k at least 1; rows may be strided, evenly.
-        weight: [n, k], the same dtype; rows may be strided: some rows of a fused weight.
-        bias: [n] or None, the same dtype.
+        weight: [n, k], the same dtype, or int8; rows may be strided: some rows of a fused weight.
+        bias: [n] or None, x's dtype.
+        scales: [n] float32 where the weight is int8, which then has at most 2¹⁶ columns.
 
     Returns:
         [..., n] contiguous.
     """
-    return _ops.linear(x, weight, bias)
+    return _ops.linear(x, weight, bias, scales)
 
 
-def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_silu_mul(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None
+) -> Tensor:
     """silu(gate) · up of the halves of ``linear(x, weight, bias)``, without writing those.
 
     gate and up are rounded to the dtype, then everything is as in :func:`silu_mul`. The bits are those of the
@@ -283,13 +290,14 @@ def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
     Args:
         x: [..., k] float32, bfloat16 (float16 on CUDA), k at least 1; rows may be strided, evenly.
-        weight: [2 n, k], the same dtype: the n rows of the gate, then those of the up.
-        bias: [2 n] or None, the same dtype.
+        weight: [2 n, k], the same dtype or int8: the n rows of the gate, then those of the up.
+        bias: [2 n] or None, x's dtype.
+        scales: [2 n] float32 where the weight is int8.
 
     Returns:
         [..., n] contiguous.
     """
-    return _ops.linear_silu_mul(x, weight, bias)
+    return _ops.linear_silu_mul(x, weight, bias, scales)
 
 
 def copy_pages(pages: Tensor, src: Tensor, dst: Tensor) -> None:
@@ -336,12 +344,12 @@ def _(gate, up):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("fastdllm_ext::linear")
-def _(x, weight, bias=None):  # type: ignore[no-untyped-def]
+def _(x, weight, bias=None, scales=None):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("fastdllm_ext::linear_silu_mul")
-def _(x, weight, bias=None):  # type: ignore[no-untyped-def]
+def _(x, weight, bias=None, scales=None):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
 
 

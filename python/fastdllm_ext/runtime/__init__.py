@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdllm_ext.forward import Attention
 from fastdllm_ext.patching.family import Family, Parts
 from fastdllm_ext.patching.registry import Options
-from fastdllm_ext.runtime.fused import Fused, part_weights, why_not_fused
+from fastdllm_ext.runtime.fused import Fused, part_weights, why_not_fused, why_not_quantized
 from fastdllm_ext.runtime.modules import Modules
 from fastdllm_ext.runtime.widths import Widths
 
@@ -56,10 +56,12 @@ def choose_runtime(options: Options, family: Family, parts: Parts) -> type[Fused
             )
         return Modules
     reason = why_not_fused(family, parts)
+    if reason is None and quantized:
+        reason = why_not_quantized(options.quantization, parts)
     if reason is None:
         return Fused
     if quantized:
-        raise ValueError(f"quantization={options.quantization!r}: {reason}; takes a model without, or 'none'")
+        raise ValueError(f"quantization={options.quantization!r}: {reason}; or quantization='none'")
     if options.runtime == "fused":
         raise ValueError(f"runtime='fused': {reason}; takes a model without, or runtime='auto'")
     return Modules

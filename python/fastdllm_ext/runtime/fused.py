@@ -29,22 +29,11 @@ from torch.nn.modules import module as torch_module
 from fastdllm_ext import ops
 from fastdllm_ext.forward import Attention
 from fastdllm_ext.patching.family import Family, Layer, Parts
+from fastdllm_ext.runtime.products import QUANTIZATIONS, Product, forget_quantized, quantized
 from fastdllm_ext.runtime.weights import join, part
 from fastdllm_ext.runtime.widths import Widths
 
 CHUNK = 4096
-
-
-@dataclass(frozen=True)
-class Product:
-    """x W^T + b."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., k] -> [..., n]."""
-        return ops.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,12 @@ class Fused:
             return Norm(module.weight, getattr(module, family.rms_norms[type(module).__name__]))
 
         self.embedding: Any = parts.embedding
-        self.products: list[tuple[Product, ...]] = [_join(groups) for groups in _groups(parts)]
+        self.products: list[tuple[Product, ...]]
+        if quantization == "none":
+            forget_quantized(parts.embedding)
+            self.products = [_join(groups) for groups in _groups(parts)]
+        else:
+            self.products = quantized(parts.embedding, quantization, [_pairs(g) for g in _groups(parts)])
         self.mlp_norms = [norm(layer.mlp_norm) for layer in parts.layers]
         # The norm before each layer's attention, and the one after the last layer.
         self.norms = [*(norm(layer.attn_norm) for layer in parts.layers), norm(parts.norm)]
@@ -76,11 +70,9 @@ class Fused:
     @cached_property
     def addresses(self) -> tuple[int, ...]:
         """Of all weights that a forward reads."""
-        products = [p for layer in self.products for p in layer]
-        biases = [p.bias for p in products if p.bias is not None]
+        products = [t for layer in self.products for p in layer for t in p.tensors()]
         norms = [n.weight for n in (*self.norms, *self.mlp_norms)]
-        weights = [self.embedding.weight, *(p.weight for p in products), *norms, *biases]
-        return tuple(w.data_ptr() for w in weights)
+        return tuple(w.data_ptr() for w in (self.embedding.weight, *products, *norms))
 
     def hidden(self, input_ids: Tensor, attend: Attention) -> Tensor:
         """[T] int64 -> [W, hidden] after the final norm."""
@@ -115,7 +107,7 @@ class Fused:
         _, o, gate_up, down, *_ = self.products[i]
         norm, after, x = self.mlp_norms[i], self.norms[i + 1], x[rows]
         n = ops.add_rms_norm(o(a[rows]), x, norm.weight, norm.eps)
-        n = ops.linear_silu_mul(n, gate_up.weight, gate_up.bias)
+        n = gate_up.silu_mul(n)
         n = ops.add_rms_norm(down(n), x, after.weight, after.eps)
         return n if i == len(self.products) - 1 else self._queries(attend, i + 1, n, rows)
 
@@ -148,6 +140,13 @@ def _join(groups: list[list[Any]]) -> tuple[Product, ...]:
     )
 
 
+def _pairs(groups: list[list[Any]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The weights of each group, and its biases."""
+    return [
+        ([m.weight for m in g], [m.bias for m in g if getattr(m, "bias", None) is not None]) for g in groups
+    ]
+
+
 def _parameters(groups: list[list[Any]]) -> list[list[Tensor]]:
     """The weights of each group, then the biases of those that have them; None where there is none."""
     biased = [group for group in groups if getattr(group[0], "bias", None) is not None]
@@ -166,11 +165,21 @@ def _gather(parts: Iterator[Tensor]) -> Tensor:
 
 
 def part_weights(parts: Parts) -> None:
-    """Gives every parameter that :class:`Fused` joined with others memory of its own again."""
+    """Gives every parameter that :class:`Fused` joined with others memory of its own again.
+
+    Frees the copies of fewer bits.
+    """
+    forget_quantized(parts.embedding)
     for groups in _groups(parts):
         found = _parameters(groups)
         if all(type(p) is nn.Parameter for p in chain(*found)):
             part(found)
+
+
+def why_not_quantized(name: str, parts: Parts) -> str | None:
+    """What about the model's weights a quantisation cannot do; None where there is nothing."""
+    weights = [m.weight for groups in _groups(parts) for group in groups for m in group]
+    return next(filter(None, map(QUANTIZATIONS[name].why_not, weights)), None)
 
 
 def why_not_fused(family: Family, parts: Parts) -> str | None:
