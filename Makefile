@@ -101,7 +101,8 @@ asan: install
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 FASTDLLM_SIMT_SCHEDULES=7 $(call PYTHON_ON,build/asan/site) -m pytest \
 	  tests/test_paged_attention.py tests/test_rope_write_kv.py tests/test_unmask.py tests/test_copy_pages.py \
-	  tests/test_elementwise.py tests/test_linear.py tests/test_cache.py tests/test_block_loop.py
+	  tests/test_elementwise.py tests/test_quantize_fp8.py tests/test_linear.py tests/test_cache.py \
+	  tests/test_block_loop.py
 
 # An hour or so. Removes every barrier and flips every bound of the CUDA kernels, one at a time.
 mutants: install

@@ -412,6 +412,25 @@ def silu(bench: Bench, model: Model, dtype: torch.dtype, batch: int) -> Case:
     return Case("silu_mul", model.name, batch, 0, dtype, set_bytes, sets, calls, {})
 
 
+def quantize(bench: Bench, model: Model, dtype: torch.dtype, batch: int) -> Case:
+    """8-bit floats of the gated activation, for the projection down."""
+    rows = batch * BLOCK
+    set_bytes = rows * (model.intermediate * (dtype.itemsize + 1) + 4)
+    sets = bench.sets(set_bytes)
+    x = bench.randn(sets, rows, model.intermediate, dtype=dtype)
+
+    def eager(turn: int) -> tuple[Tensor, Tensor]:
+        y = x[turn].float()
+        scales = y.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
+        return (y / scales).to(torch.float8_e4m3fn), scales
+
+    calls: dict[str, Call] = {
+        "quantize_fp8": lambda turn: ops.quantize_fp8(x[turn]),
+        "torch amax, div, to": eager,
+    }
+    return Case("quantize_fp8", model.name, batch, 0, dtype, set_bytes, sets, calls, {})
+
+
 def linear(bench: Bench, model: Model, dtype: torch.dtype, batch: int) -> Case:
     """The output projection of the attention, [hidden, hidden]."""
     set_bytes = model.hidden * model.hidden * dtype.itemsize
@@ -464,7 +483,7 @@ def cases(bench: Bench, contexts: list[int], batches: list[int]) -> Iterator[Cas
                         yield attention(bench, model, dtype, batch, context)
                 if batch * BLOCK * model.vocab * 8 <= bench.largest_set:
                     yield unmask(bench, model, dtype, batch)
-                for make in (rope, norm, silu, linear, copy_pages):
+                for make in (rope, norm, silu, quantize, linear, copy_pages):
                     yield make(bench, model, dtype, batch)
     yield copy(bench)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,15 @@ def _run_on_copies(op: Callable, args: tuple, copy: Callable[[torch.Tensor], tor
     for before, after in zip(args, copies, strict=True):
         if isinstance(before, torch.Tensor):
             before.copy_(after)
+    if isinstance(out, tuple):
+        return tuple(x.cpu() for x in out)
     return out.cpu() if isinstance(out, torch.Tensor) else out
+
+
+def tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    """All tensors among arguments and results, those in tuples too."""
+    flat = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
+    return [x for x in flat if isinstance(x, torch.Tensor)]
 
 
 def _clone(x: torch.Tensor) -> torch.Tensor:
@@ -82,10 +90,10 @@ def _run_emulated(op: Callable, args: tuple) -> Any:
         if not results:
             results = [_clone(x) if isinstance(x, torch.Tensor) else x for x in args]
         out = op(*results)
-        found.append((schedule, [x for x in (*results, out) if isinstance(x, torch.Tensor)]))
+        found.append((schedule, tensors((*results, out))))
     first, truth = found[0]
-    for schedule, tensors in found[1:]:
-        for a, b in zip(truth, tensors, strict=True):
+    for schedule, others in found[1:]:
+        for a, b in zip(truth, others, strict=True):
             assert torch.equal(_bits(a), _bits(b)), f"schedules {first} and {schedule} differ: a race"
     return out
 

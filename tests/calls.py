@@ -32,4 +32,9 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     x, y, weight = torch.randn(5, 200).to(dtype), torch.randn(5, 200).to(dtype), torch.rand(200).to(dtype)
     if name.startswith("linear"):
         return x, torch.randn(48, 200).to(dtype), torch.randn(48).to(dtype)
-    return {"rms_norm": (x, weight, 1e-5), "add_rms_norm": (x, y, weight, 1e-5), "silu_mul": (x, y)}[name]
+    return {
+        "rms_norm": (x, weight, 1e-5),
+        "add_rms_norm": (x, y, weight, 1e-5),
+        "silu_mul": (x, y),
+        "quantize_fp8": (x,),
+    }[name]

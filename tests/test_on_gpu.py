@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fastdllm_ext as fd
-from backends import emulator
+from backends import emulator, tensors
 from calls import NAMES, arguments
 from fastdllm_ext import _C, demo, ops
 from fastdllm_ext.demo_tasks import held_out
@@ -245,15 +245,13 @@ def test_norms_far_away(place: Place, size: int) -> None:
     assert torch.equal(residual[-2:], few)
     wanted = place("silu_mul", x[-2:], few)
     assert torch.equal(place("silu_mul", x, residual)[-2:], wanted)
+    for far, near in zip(place("quantize_fp8", x), place("quantize_fp8", x[-2:]), strict=True):
+        assert torch.equal(far[-2:].float(), near.float())
 
 
 # --- Graphs, streams, devices ----------------------------------------------------------------------
 
 each_operation = pytest.mark.parametrize("name", NAMES)
-
-
-def tensors(args: Any) -> list[torch.Tensor]:
-    return [x for x in args if isinstance(x, torch.Tensor)]
 
 
 def moved(args: Any, device: str = "cuda") -> list[Any]:

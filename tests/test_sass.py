@@ -21,6 +21,7 @@ WIDE_LOADS = [
     ("unmask", r"unmask_parts"),
     ("copy_pages", r"copy<uint4>"),
     ("rope_write_kv", r", (?!1>)"),
+    ("quantize_fp8", r", true>"),
 ]
 WIDE = re.compile(r"LDG\.(?:.*\.)?(?:128|256)(?:\.|$)|LDGSTS\.(?:.*\.)?128(?:\.|$)|UBLKCP|UTMALDG")
 TENSOR_CORE = re.compile(r"[HQ]G?MMA|UTC\w*MMA")

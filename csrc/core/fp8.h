@@ -11,11 +11,7 @@ namespace fastdllm {
 
 inline constexpr float kLargestFp8 = 448.0f;
 
-// What a row of values is divided by, so that its largest magnitude, which may be NaN or infinite, becomes
-// kLargestFp8. A row of zeros stays one.
-FASTDLLM_HD float fp8_scale(float largest) { return largest == 0 ? 1.0f : largest / kLargestFp8; }
-
-// The bits of the nearest number, ties to the even one; what is larger becomes the largest, NaN stays NaN.
+// The bits of the nearest number, ties to the even one; what is larger becomes the largest, NaN is 0x7f.
 FASTDLLM_HD uint8_t to_fp8(float x) {
   union {
     float value;
@@ -24,7 +20,7 @@ FASTDLLM_HD uint8_t to_fp8(float x) {
   const uint32_t sign = u.bits >> 24 & 0x80;
   u.bits &= 0x7fffffff;
   if (u.bits > 0x7f800000)
-    return static_cast<uint8_t>(sign | 0x7f);
+    return 0x7f;
   if (u.value >= kLargestFp8)
     return static_cast<uint8_t>(sign | 0x7e);
   if (u.value < 0x1p-6f) { // the mantissa of 2^14 counts multiples of 2^-9
@@ -49,6 +45,15 @@ FASTDLLM_HD float from_fp8(uint8_t x) {
     u.value = static_cast<float>(magnitude) * 0x1p-9f;
   u.bits |= sign;
   return u.value;
+}
+
+// What a row of values is divided by, so that its largest magnitude becomes kLargestFp8; infinity and NaN
+// stay what they are, NaN with the same bits everywhere. 1 where it would be 0: such a row becomes zeros.
+FASTDLLM_HD float fp8_scale(float largest) {
+  const float scale = largest / kLargestFp8;
+  if (scale != scale)
+    return from_fp8(0x7f);
+  return scale == 0 ? 1.0f : scale;
 }
 
 } // namespace fastdllm

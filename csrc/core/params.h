@@ -81,6 +81,16 @@ struct LinearParams {
   Dtype dtype; // of x, bias and out
 };
 
+// values = x / scale, each rounded to e4m3fn (core/fp8.h), scale = max |x| / 448 of every row. A NaN or an
+// infinity makes the scale one, and so every product with it.
+struct QuantizeFp8Params {
+  const void* x;   // [rows, k], x_stride between rows
+  uint8_t* values; // [rows, k] contiguous
+  float* scales;   // [rows]
+  int64_t rows, k, x_stride;
+  Dtype dtype; // of x
+};
+
 // Copies page src[i] over page dst[i] in every one of `outer` pools that lie outer_stride_bytes apart.
 struct CopyPagesParams {
   void* pages;

@@ -24,12 +24,13 @@ namespace fastdllm::cpu {
   void score_logits(const UnmaskParams&, int64_t, int64_t);                                                  \
   void rms_norm(const RmsNormParams&, int64_t, int64_t);                                                     \
   void silu_mul(const SiluMulParams&, int64_t, int64_t);                                                     \
+  void quantize_fp8(const QuantizeFp8Params&, int64_t, int64_t);                                             \
   void linear(const LinearParams&, int64_t, int64_t);                                                        \
   }
 #define FASTDLLM_ENTRY(isa)                                                                                  \
   Kernels {                                                                                                  \
     #isa, isa::rope_write_kv, isa::paged_attention, isa::score_logits, isa::rms_norm, isa::silu_mul,         \
-        isa::linear                                                                                          \
+        isa::quantize_fp8, isa::linear                                                                       \
   }
 
 FASTDLLM_DECLARE(portable)

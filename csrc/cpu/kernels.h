@@ -13,8 +13,9 @@ struct Kernels {
   void (*rope_write_kv)(const RopeWriteKvParams&, int64_t begin, int64_t end);
   void (*paged_attention)(const PagedAttentionParams&, int64_t begin, int64_t end);
   void (*score_logits)(const UnmaskParams&, int64_t begin, int64_t end);
-  void (*rms_norm)(const RmsNormParams&, int64_t begin, int64_t end); // items: rows
-  void (*silu_mul)(const SiluMulParams&, int64_t begin, int64_t end); // items: rows
+  void (*rms_norm)(const RmsNormParams&, int64_t begin, int64_t end);         // items: rows
+  void (*silu_mul)(const SiluMulParams&, int64_t begin, int64_t end);         // items: rows
+  void (*quantize_fp8)(const QuantizeFp8Params&, int64_t begin, int64_t end); // items: rows
   void (*linear)(const LinearParams&, int64_t begin, int64_t end);
 };
 

@@ -75,12 +75,13 @@ __device__ __forceinline__ Vector<T> load_vector(const T* row, int64_t first, in
     unroll<kVector<T>>([&](int j) { v.x[j] = first + j < length ? row[first + j] : T{}; });
   return v;
 }
-template <bool kWhole, class T>
-__device__ __forceinline__ void store_vector(T* row, int64_t first, int64_t length, const Vector<T>& v) {
+template <bool kWhole, class T, int kCount>
+__device__ __forceinline__ void store_vector(T* row, int64_t first, int64_t length,
+                                             const Pack<T, kCount>& v) {
   if constexpr (kWhole)
-    *reinterpret_cast<Vector<T>*>(row + first) = v;
+    *reinterpret_cast<Pack<T, kCount>*>(row + first) = v;
   else
-    unroll<kVector<T>>([&](int j) {
+    unroll<kCount>([&](int j) {
       if (first + j < length)
         row[first + j] = v.x[j];
     });

@@ -17,6 +17,7 @@ const char* unmask(const UnmaskParams& p, void* stream);
 int64_t unmask_partials(const UnmaskParams& p); // floats that p.partials has to have
 const char* rms_norm(const RmsNormParams& p, void* stream);
 const char* silu_mul(const SiluMulParams& p, void* stream);
+const char* quantize_fp8(const QuantizeFp8Params& p, void* stream);
 const char* copy_pages(const CopyPagesParams& p, void* stream);
 
 } // namespace fastdllm::cuda

@@ -23,6 +23,7 @@ const char* unmask(const UnmaskParams&, void*) { return kNoCuda; }
 int64_t unmask_partials(const UnmaskParams&) { return 0; }
 const char* rms_norm(const RmsNormParams&, void*) { return kNoCuda; }
 const char* silu_mul(const SiluMulParams&, void*) { return kNoCuda; }
+const char* quantize_fp8(const QuantizeFp8Params&, void*) { return kNoCuda; }
 const char* copy_pages(const CopyPagesParams&, void*) { return kNoCuda; }
 
 struct BlockLoop::Graph {};

@@ -14,6 +14,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "core/params.h"
@@ -533,6 +534,31 @@ Tensor silu_mul(const Tensor gate, const Tensor up) {
   return out;
 }
 
+std::tuple<Tensor, Tensor> quantize_fp8(const Tensor x) {
+  const char* op = "quantize_fp8";
+  const Checker is{op, x};
+  const Dtype dtype = is.dtype(x, "x");
+  check(x.dim() >= 1, op, ": x is a scalar; takes [..., k]");
+  const int64_t k = x.size(-1);
+  check(k > 0, op, ": x has shape ", shape_text(x), "; takes rows of 1 or more");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  Tensor values = torch::stable::new_empty(x, shape, ScalarType::Float8_e4m3fn);
+  shape.back() = 1;
+  Tensor scales = torch::stable::new_empty(x, shape, ScalarType::Float);
+  const fastdllm::QuantizeFp8Params params{.x = x.const_data_ptr(),
+                                           .values = mutable_data<uint8_t>(values),
+                                           .scales = mutable_data<float>(scales),
+                                           .rows = x.numel() / k,
+                                           .k = k,
+                                           .x_stride = is.row_stride(x, "x"),
+                                           .dtype = dtype};
+  if (for_cuda(x))
+    launch_cuda(op, fastdllm::cuda::quantize_fp8, params, {{"x", x}});
+  else
+    run_cpu(fastdllm::cpu::kernels().quantize_fp8, params, params.rows, 0.3 * k);
+  return {values, scales};
+}
+
 #ifndef FASTDLLM_SIMT
 Tensor torch_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
@@ -651,6 +677,7 @@ FASTDLLM_TORCH_LIBRARY(FASTDLLM_LIBRARY, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
+  m.def("quantize_fp8(Tensor x) -> (Tensor, Tensor)");
   m.def("copy_pages(Tensor(a!) pages, Tensor src, Tensor dst) -> ()");
 #ifndef FASTDLLM_SIMT
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? scales=None) -> Tensor");
@@ -665,6 +692,7 @@ FASTDLLM_TORCH_LIBRARY(FASTDLLM_LIBRARY, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));                                                                  \
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));                                                          \
   m.impl("silu_mul", TORCH_BOX(&silu_mul));                                                                  \
+  m.impl("quantize_fp8", TORCH_BOX(&quantize_fp8));                                                          \
   m.impl("copy_pages", TORCH_BOX(&copy_pages));                                                              \
   FASTDLLM_REGISTER_LINEAR(m)
 #ifdef FASTDLLM_SIMT // they have no CUDA kernels of ours

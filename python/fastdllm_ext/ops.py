@@ -24,6 +24,7 @@ __all__ = [
     "linear",
     "linear_silu_mul",
     "paged_attention",
+    "quantize_fp8",
     "rms_norm",
     "rope_write_kv",
     "silu_mul",
@@ -255,6 +256,27 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return _ops.silu_mul(gate, up)
 
 
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as 8-bit floats and one scale: x ≈ values · scales, scales = max |x| / 448 of the row.
+
+    A value is x / scale, divided in float32 and rounded to the nearest, ties to even: value · scale lies
+    within 2⁻⁴ |x| of x, or within 2⁻¹⁰ scale where that is more, unless all of the row is below 6e-36. A row
+    of zeros has the scale 1, as has one below 3e-43, which becomes zeros. A NaN or an infinity in a row is
+    its scale, and makes every product with the row NaN. The bits are the same on every device, and those of
+    a row depend on nothing else.
+
+    Two matrices are multiplied by ``torch._scaled_mm(values, w_values.t(), scale_a=scales,
+    scale_b=w_scales.t(), out_dtype=torch.bfloat16)``.
+
+    Args:
+        x: [..., k] float32, bfloat16 (float16 on CUDA), k at least 1; rows may be strided, evenly.
+
+    Returns:
+        values [..., k] float8_e4m3fn and scales [..., 1] float32, both contiguous.
+    """
+    return _ops.quantize_fp8(x)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias, summed in float32 and rounded once, after the bias.
 
@@ -341,6 +363,12 @@ def _(x, residual, weight, eps):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("fastdllm_ext::silu_mul")
 def _(gate, up):  # type: ignore[no-untyped-def]
     return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("fastdllm_ext::quantize_fp8")
+def _(x):  # type: ignore[no-untyped-def]
+    values = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return values, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 @torch.library.register_fake("fastdllm_ext::linear")

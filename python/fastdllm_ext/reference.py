@@ -251,6 +251,14 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / scales as float8_e4m3fn, scales = max |x| / 448 of each row. See ``ops.quantize_fp8``."""
+    y = x.float()
+    scales = y.abs().amax(-1, keepdim=True) / 448
+    scales[scales == 0] = 1
+    return (y / scales).clamp(-448, 448).to(torch.float8_e4m3fn), scales
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, compute: torch.dtype = torch.float32
 ) -> Tensor:

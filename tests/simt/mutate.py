@@ -34,6 +34,7 @@ TESTS = {
     "unmask": ["test_unmask.py"],
     "block": ["test_block_loop.py"],
     "copy_pages": ["test_copy_pages.py"],
+    "quantize_fp8": ["test_quantize_fp8.py"],
     "rms_norm": ["test_elementwise.py"],
     "silu_mul": ["test_elementwise.py"],
     "device": [
