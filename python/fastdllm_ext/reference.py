@@ -260,18 +260,21 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, compute: torch.dtype = torch.float32
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None, *,
+    compute: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
     """x weightᵀ + bias. See ``ops.linear``."""
     y = x.to(compute) @ weight.to(compute).T
+    y = y if scales is None else y * scales.to(compute)
     return (y if bias is None else y + bias.to(compute)).to(x.dtype)
 
 
 def linear_silu_mul(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, compute: torch.dtype = torch.float32
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None, *,
+    compute: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
     """silu_mul of the halves of linear. See ``ops.linear_silu_mul``."""
-    return silu_mul(*linear(x, weight, bias, compute=compute).chunk(2, dim=-1))
+    return silu_mul(*linear(x, weight, bias, scales, compute=compute).chunk(2, dim=-1))
 
 
 def copy_pages(pages: Tensor, src: Tensor, dst: Tensor) -> None:
