@@ -115,6 +115,7 @@ bench: install $(if $(BENCH_REFERENCE),$(OTHER_TRANSFORMERS)/.installed)
 	$(BIN)/python benchmarks/phases.py --device cpu --seconds 90 --out $(BENCH_DIR)/phases-cpu.json
 	$(BIN)/python benchmarks/growth.py --device cpu --seconds 150 --out $(BENCH_DIR)/growth-cpu.json
 	$(BIN)/python benchmarks/memory.py --device cpu --seconds 90 --out $(BENCH_DIR)/memory-cpu.json
+	$(BIN)/python benchmarks/precision.py --device cpu --seconds 150 --out $(BENCH_DIR)/precision-cpu.json
 	$(BIN)/python benchmarks/ops.py --device cpu --repeats 11 --out $(BENCH_DIR)/ops-cpu.json
 	$(BIN)/python benchmarks/page.py --results $(BENCH_DIR) --out $(BENCH_DIR)/performance.md \
 	  --images $(BENCH_DIR)/images

@@ -2,8 +2,8 @@
 
     python benchmarks/page.py --results benchmarks/results --out docs/performance.md --images docs/images
 
-Takes ``end_to_end``, ``phases``, ``growth``, ``memory`` and ``ops``, each ``-cpu.json`` and ``-cuda.json``,
-as far as they are there. Pictures need matplotlib; without it the page has none that are new.
+Takes ``end_to_end``, ``phases``, ``growth``, ``memory``, ``precision`` and ``ops``, each ``-cpu.json`` and
+``-cuda.json``, as far as they are there. Pictures need matplotlib; without it the page has none that are new.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from common import ROOT, conditions_line
 
-QUESTIONS = ("end_to_end", "phases", "growth", "memory", "ops")
+QUESTIONS = ("end_to_end", "phases", "growth", "memory", "precision", "ops")
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 Facts = dict[str, Any]
 Found = dict[tuple[str, str], Facts]  # by question and device
@@ -220,7 +220,7 @@ class Page:
         """All of it."""
         sections: list[Callable[[], Iterator[str]]] = [
             self.head, self.targets, self.gain, self.published, self.same_tokens, self.phases, self.growth,
-            self.memory, self.operations,
+            self.memory, self.precision, self.operations,
         ]  # fmt: skip
         return "\n\n".join(part for section in sections for part in section()) + "\n"
 
@@ -504,6 +504,45 @@ class Page:
                 facts["results"],
             )  # fmt: skip
 
+    def precision(self) -> Iterator[str]:
+        """Options of fewer bits: what they gain, and what they cost."""
+        yield "## What do fewer bits gain, and what do they cost?"
+        yield prose("""
+            `fd.patch(model, quantization=..., kv_cache_dtype=...)`. Speed: 128 tokens, 4 a step, dual cache,
+            one row, random weights, over the same model without an option. Accuracy: answers of the demo
+            model to held-out prompts, and the share of answers that are, token for token, those without an
+            option. fp8 products run on a CPU to measure their accuracy alone.
+        """)
+        yield from self._unmeasured("precision")
+        for device, facts in self._with("precision"):
+            yield from self._conditions("precision", device, facts)
+            options: dict[str, Callable[[Row], str]] = {
+                "dtype": lambda r: r["dtype"],
+                "weights": lambda r: _option(r["quantization"]),
+                "keys and values": lambda r: _option(r["kv_cache_dtype"]),
+            }
+            yield table(
+                options
+                | {
+                    "prompt": lambda r: str(r["prompt"]),
+                    "seconds": lambda r: spread(r["total"]),
+                    "speed": lambda r: f"{number(r['speedup'])}x",
+                    "block step, ms": lambda r: spread(r["block_step"], 1e3),
+                    "refresh, ms": lambda r: spread(r["refresh"], 1e3),
+                },
+                select(facts, question="speed"),
+            )
+            yield table(
+                options
+                | {
+                    "rule": lambda r: r["rule"],
+                    "right": lambda r: f"{100 * r['accuracy']:.1f}% of {r['prompts']}",
+                    "NFE": lambda r: f"{r['nfe']:.1f}",
+                    "same answers": lambda r: f"{100 * r['rows_equal']:.1f}%",
+                },
+                select(facts, question="accuracy"),
+            )
+
     def operations(self) -> Iterator[str]:
         """The operations alone."""
         yield "## Is each operation near its floor?"
@@ -559,6 +598,10 @@ class Page:
 
     def _image(self, question: str, device: str, text: str) -> str:
         return f"![{text}]({self._images}/performance-{question}-{device}.png)"
+
+
+def _option(name: str) -> str:
+    return {"none": "–", "auto": "–"}.get(name, name)
 
 
 def _implementation(row: Row) -> str:

@@ -62,7 +62,8 @@ pytest pytest-cuda 105 -m cuda
 bench end_to_end 85 --repeats 3 --seconds-each 4 --seconds 55
 bench phases 25 --repeats 2 --seconds 12
 bench growth 40 --repeats 1 --seconds 25
-bench ops 45 --seconds 35
+bench precision 30 --repeats 2 --prompts 200 --seconds 18
+bench ops 35 --seconds 25
 bench memory 15 --contexts 2048 16384 --seconds 8
 
 # In the install's own build folder, where all but the benchmark is built already.
@@ -81,7 +82,7 @@ bench_cpp() {
 }
 export -f bench_cpp
 export out results
-part bench-cpp 35 bash -c bench_cpp
+part bench-cpp 25 bash -c bench_cpp
 pack
 
 # Without torch's own memory pool, which hides accesses past the end.
@@ -91,7 +92,7 @@ sanitize() {
 }
 if command -v compute-sanitizer >/dev/null; then
   sanitize memcheck 30 tests/test_copy_pages.py tests/test_unmask.py tests/test_paged_attention.py
-  sanitize racecheck 25 tests/test_unmask.py tests/test_paged_attention.py
+  sanitize racecheck 15 tests/test_unmask.py tests/test_paged_attention.py
 else
   echo "no compute-sanitizer: skipped"
 fi

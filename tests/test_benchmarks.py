@@ -18,6 +18,7 @@ import memory
 import ops
 import page
 import phases
+import precision
 
 ROOT = Path(__file__).parent.parent
 FACTS = {"date", "commit", "changed_files", "command", "environment", "conditions", "missing", "results"}
@@ -55,6 +56,23 @@ def test_end_to_end(tmp_path: Path) -> None:
         assert all(share == 1 for share in row["tokens_equal"].values())  # in float32
     assert {(r["cache"], r["runtime"]) for r in rows[1:]} >= {("dual", "fused"), ("dual", "modules")}
     assert [r for r in rows if r["stops_at_eos"] and r["tokens"] < r["gen_length"]]
+
+
+def test_precision(tmp_path: Path) -> None:
+    facts = run("precision", tmp_path / "precision-cpu.json", "--shape", "tiny", "--dtype", "bfloat16")
+    speed, accuracy = (page.select(facts, question=question) for question in ("speed", "accuracy"))
+    assert [(r["quantization"], r["kv_cache_dtype"]) for r in speed] == [
+        (q, kv) for q in ("none", "int8") for kv in ("auto", "fp8")
+    ]
+    assert {r["quantization"] for r in accuracy} == {"none", "int8", "fp8"}
+    assert speed[0]["speedup"] == 1
+    assert speed[-1]["speedup"] == pytest.approx(
+        speed[0]["total"]["median_s"] / speed[-1]["total"]["median_s"]
+    )
+    for rule in precision.RULES:
+        rows = page.select({"results": accuracy}, rule=rule)
+        assert rows[0]["rows_equal"] == 1
+        assert all(row["accuracy"] == row["right"] / 4 for row in rows)
 
 
 def test_phases(tmp_path: Path) -> None:
