@@ -11,9 +11,13 @@ namespace fastdllm {
 
 inline constexpr float kLargestFp8 = 448.0f;
 
-// What a row of values is divided by, so that its largest magnitude, which may be NaN or infinite, becomes
-// kLargestFp8. A row of zeros stays one.
-FASTDLLM_HD float fp8_scale(float largest) { return largest == 0 ? 1.0f : largest / kLargestFp8; }
+// What a row of values is divided by, so that its largest magnitude becomes kLargestFp8. A row of zeros stays
+// one, and so becomes one that is too small for a scale. NaN where the largest is NaN or infinite, so that
+// whatever the row is stored as, it is read as NaN.
+FASTDLLM_HD float fp8_scale(float largest) {
+  const float scale = largest / kLargestFp8;
+  return scale == 0 ? 1.0f : scale + 0 * largest;
+}
 
 // The bits of the nearest number, ties to the even one; what is larger becomes the largest, NaN stays NaN.
 FASTDLLM_HD uint8_t to_fp8(float x) {
