@@ -166,8 +166,8 @@ def library_attention(
 ) -> Tensor:
     """Attention of sequences from their first key on, one after the other, by torch's fastest kernel.
 
-    As ``ops.paged_attention``, but that what fp8 stands for is rounded to q's dtype. Where a sequence has many
-    queries, arithmetic bounds it, not bytes.
+    As ``ops.paged_attention``, but that what fp8 stands for is rounded to q's dtype. Where a sequence has
+    many queries, arithmetic bounds it, not bytes.
     """
 
     def numbers(x: Tensor, scales: Tensor | None, pages: Tensor) -> Tensor:

@@ -115,10 +115,10 @@ def rope_write_kv(
     and their sum. In float32 that is the same, bit for bit. In bfloat16 this operation leaves the products
     as they are, and lies within 3 · 2⁻⁸ (|a cos| + |b sin|) of Dream's modules.
 
-    Pages of float8_e4m3fn hold each head's vector x as x / s, s = max |x| / 448 being its scale (1 where that is
-    0): x in float32, after RoPE and not rounded to its dtype, the quotient rounded to the nearest number of e4m3,
-    ties to the even one. A vector with NaN or infinity has the scale NaN, and may have any numbers. The bits are
-    the same on every device.
+    Pages of float8_e4m3fn hold each head's vector x as x / s, s = max |x| / 448 being its scale (1 where that
+    is 0): x in float32, after RoPE and not rounded to its dtype, the quotient rounded to the nearest number
+    of e4m3, ties to the even one. A vector with NaN or infinity has the scale NaN, and may have any numbers.
+    All else has the same bits on every device.
 
     Args:
         q: [T, q_heads, head_dim] float32, bfloat16 (float16 on CUDA); tokens may be strided.
@@ -150,10 +150,10 @@ def paged_attention(
 ) -> Tensor:
     """Bidirectional attention softmax(scale q Kᵀ) V of ragged queries over paged keys and values.
 
-    Of pages of float8_e4m3fn, keys and values are the numbers times the scale of their vector. In arithmetic the
-    scales stay apart: the numbers, exact in every dtype, are multiplied as q's dtype, scores in float32 with the
-    scales of keys, weights with those of values. A NaN of e4m3 itself is read as 480; see the scales of
-    :func:`rope_write_kv`.
+    Of pages of float8_e4m3fn, keys and values are the numbers times the scale of their vector. In arithmetic
+    the scales stay apart: the numbers, exact in every dtype, are multiplied as q's dtype, scores in float32
+    with the scales of keys, weights with those of values. A NaN of e4m3 itself is read as 480; what is bad
+    has a NaN as its scale (:func:`rope_write_kv`).
 
     Args:
         q: [T, q_heads, head_dim] contiguous; head_dim a multiple of 8 up to 256.
