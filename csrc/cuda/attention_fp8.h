@@ -91,22 +91,23 @@ public:
     }
   }
 
-  // Zeros past the end of the sequence, and in keys and values behind head_dim.
+  // Zeros in keys behind head_dim, which are multiplied by Q's. Past the end of the sequence scales of values
+  // are zero, where they meet weights of zero; the numbers may be any, for all are finite.
   __device__ void widen(const Stage& stage, Rows& rows, int tile) const {
     constexpr int kColumns = kDim / kWidened;
     const int keys = kv_len() - tile * kKeys;
     for (int i = threadIdx.x; i < kKeys * kColumns; i += kAttentionThreads) {
       const int row = i / kColumns, column = i % kColumns * kWidened;
       T *k = rows.k[row].x + column, *v = rows.v[row].x + column;
-      if (row < keys && column < head_dim_) {
+      if (column < head_dim_) {
         cuda::widen<T>(stage.k + row * head_dim_ + column, k);
         cuda::widen<T>(stage.v + row * head_dim_ + column, v);
       } else {
-        unroll<kWidened>([&](int j) { k[j] = v[j] = T{}; });
+        unroll<kWidened>([&](int j) { k[j] = T{}; });
       }
     }
     if (const int i = threadIdx.x; i < kKeys) {
-      rows.k_scales[i] = i < keys ? stage.k_scales[i] * kFp8Unit<T> : 0;
+      rows.k_scales[i] = stage.k_scales[i] * kFp8Unit<T>;
       rows.v_scales[i] = i < keys ? stage.v_scales[i] * kFp8Unit<T> : 0;
     }
   }
