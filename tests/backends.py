@@ -110,6 +110,15 @@ BACKENDS = [
 COMPILED = BACKENDS[1:]
 
 
+def opcheck(name: str, args: tuple) -> None:
+    """Schema, fake version and compilation of an operation."""
+    op = getattr(torch.ops.fastdllm_ext, name).default
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if any(isinstance(x, torch.Tensor) and x.dtype == torch.float8_e4m3fn for x in args):
+        checks.remove("test_schema")  # which compares tensors as torch cannot compare these
+    torch.library.opcheck(op, args, test_utils=checks)
+
+
 def relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:
     """‖out − truth‖ / ‖truth‖ in float64."""
     return float((out.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30))

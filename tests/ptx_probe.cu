@@ -88,8 +88,10 @@ __global__ void bulk(const unsigned char* image, int32_t rounds, unsigned char* 
   }
 }
 
-// x [n] -> powers [n], halves [n / 2], brains [n / 2]
-__global__ void elementwise(const float* x, int32_t n, float* powers, uint32_t* halves, uint32_t* brains) {
+// x [n] -> powers [n], halves [n / 2], brains [n / 2]; abc [3][32] -> sums [32]
+__global__ void elementwise(const float* x, int32_t n, float* powers, uint32_t* halves, uint32_t* brains,
+                            const uint32_t* abc, uint32_t* sums) {
+  sums[threadIdx.x] = fma_two(abc[threadIdx.x], abc[kWarp + threadIdx.x], abc[2 * kWarp + threadIdx.x]);
   for (int i = threadIdx.x; i < n; i += kWarp)
     powers[i] = exp2_approx(x[i]);
   for (int i = threadIdx.x; i < n / 2; i += kWarp) {
@@ -122,7 +124,7 @@ FASTDLLM_PROBE probe_copies(const unsigned char* image, const int32_t* valid, un
 FASTDLLM_PROBE probe_bulk(const unsigned char* image, int32_t rounds, unsigned char* out) {
   return run(bulk, image, rounds, out);
 }
-FASTDLLM_PROBE probe_elementwise(const float* x, int32_t n, float* powers, uint32_t* halves,
-                                 uint32_t* brains) {
-  return run(elementwise, x, n, powers, halves, brains);
+FASTDLLM_PROBE probe_elementwise(const float* x, int32_t n, float* powers, uint32_t* halves, uint32_t* brains,
+                                 const uint32_t* abc, uint32_t* sums) {
+  return run(elementwise, x, n, powers, halves, brains, abc, sums);
 }

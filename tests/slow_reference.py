@@ -37,10 +37,18 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat((turned.real, turned.imag), -1)
 
 
+def through_fp8(x: Tensor) -> Tensor:
+    """What is left of keys or values [T, heads, head_dim] that are kept in 8 bits with a scale each."""
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    scale[scale == 0] = 1
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
 class SlowModel:
     """LLaDA or Dream, by their modules' names."""
 
-    def __init__(self, model: Any, length: int) -> None:
+    def __init__(self, model: Any, length: int, fp8: bool = False) -> None:
+        self.fp8 = fp8
         c, inner = model.config, model.model
         self.is_dream = not hasattr(inner, "transformer")
         if self.is_dream:
@@ -73,6 +81,8 @@ class SlowModel:
             n = rms_norm(x, norm.weight, self.eps)
             q, k, v = (w(n).view(len(positions), -1, self.head_dim) for w in (wq, wk, wv))
             q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
+            if self.fp8:
+                k, v = through_fp8(k), through_fp8(v)
             old = self.kv[i]
             self.kv[i] = (old[0].index_copy(0, positions, k), old[1].index_copy(0, positions, v))
             k, v = (kept[:visible] for kept in self.kv[i])
@@ -173,6 +183,7 @@ def slow_generate(
     eps: float = 1e-3,
     top_p: float | None = None,
     top_k: int | None = None,
+    fp8: bool = False,
     **rule: float,
 ) -> SlowOutput:
     c = model.config
@@ -182,7 +193,7 @@ def slow_generate(
     end = len(tokens)
     given = tokens != mask
     first = int((~given).nonzero()[0])
-    net, free = SlowModel(model, end), SlowModel(model, end)
+    net, free = SlowModel(model, end, fp8), SlowModel(model, end, fp8)
     step_map, confidence = [-1] * (end - first), [0.0] * (end - first)
     blocks = []
     for a in range(first, end, block_length):

@@ -84,6 +84,22 @@ def test_what_is_captured_keeps_no_pages(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(graphs) == 2
 
 
+def test_a_captured_step_of_fp8_pages_knows_their_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives the tokens of single steps, and is made anew where pages or scales lie elsewhere."""
+    model, prompt = tiny_llada(), torch.full((1, 9), 5)
+    cache = fd.PagedKVCache(2, 4, 8, num_pages=9, dtype=torch.float8_e4m3fn)
+    settings = {"gen_length": 32, "block_length": 16, "steps": 32, "kv_cache": cache}
+    wanted = fd.generate(model, prompt, **settings)
+    graphs = pretend(monkeypatch)
+    for _ in range(2):
+        assert_same(fd.generate(model, prompt, **settings), wanted)
+    assert len(graphs) == 1
+    cache.scale_storage = [x.clone() for x in cache.scale_storage]
+    cache._scales = list(cache.scale_storage[0])
+    assert_same(fd.generate(model, prompt, **settings), wanted)
+    assert len(graphs) == 2
+
+
 def test_weights_that_moved_are_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = pretend(monkeypatch)
     model, cache = tiny_llada(), fd.PagedKVCache(2, 4, 8, num_pages=9)

@@ -102,6 +102,40 @@ def test_a_forked_sequence_is_copied_when_written() -> None:
     assert cache.stats.num_free == 6
 
 
+def test_scales_lie_beside_keys_and_values_of_fp8_and_are_copied_with_them() -> None:
+    cache = fd.PagedKVCache(2, 3, 8, num_pages=6, page_size=16, dtype=torch.float8_e4m3fn)
+    (scales,) = cache.scale_storage
+    assert (scales.shape, scales.dtype) == ((2, 2, 6, 3, 16), torch.float32)
+    assert cache.storage[0].shape == (2, 2, 6, 3, 16, 8)
+    assert cache.storage[0].dtype == cache.dtype == torch.float8_e4m3fn
+    for i in range(2):
+        for found, wanted in zip(cache.scales(i), scales[i], strict=True):
+            assert found is not None
+            assert found.data_ptr() == wanted.data_ptr()
+            assert found.is_contiguous()
+    assert cache.storage[0].nbytes + scales.nbytes == 6 * fd.PagedKVCache.page_bytes(2, 3, 8, cache.dtype, 16)
+    numbers = cache.storage[0].view(torch.uint8)
+    numbers.random_()
+    scales.uniform_()
+    (a,) = cache.add([40])
+    b = cache.fork(a)
+    before = numbers.clone(), scales.clone()
+    cache.prepare_write(b, 17, 18)
+    table_a, table_b = cache.block_table([a, b]).tolist()
+    assert table_a[1] != table_b[1]
+    for x, old in zip((numbers, scales), before, strict=True):
+        assert torch.equal(x[:, :, table_b[1]], old[:, :, table_a[1]])
+        others = [page for page in range(6) if page != table_b[1]]
+        assert torch.equal(x[:, :, others], old[:, :, others])
+
+
+def test_other_dtypes_have_no_scales() -> None:
+    cache = make_cache()
+    assert cache.scale_storage == []
+    assert cache.scales(1) == (None, None)
+    assert cache.storage[0].nbytes == 6 * fd.PagedKVCache.page_bytes(2, 3, 8, torch.float32, 16)
+
+
 def test_a_freed_sequence_is_gone() -> None:
     cache = make_cache()
     (a,) = cache.add([1])

@@ -188,12 +188,13 @@ def test_alg_temp_draws_the_order() -> None:
     assert not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.parametrize("pages", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("family", ["llada", "dream"])
-def test_dream_rounds_cosines_and_sines_as_its_modules_do(family: str) -> None:
+def test_dream_rounds_cosines_and_sines_as_its_modules_do(family: str, pages: torch.dtype) -> None:
     model = {"llada": tiny_llada, "dream": tiny_dream}[family](dtype=torch.bfloat16)
     geometry = patched_family(model).geometry(model)
-    cache = fd.PagedKVCache(*(2, geometry.num_kv_heads, 8), num_pages=1, dtype=torch.bfloat16)
-    tables = Attention(geometry, cache, 40).tables[torch.device("cpu")]
+    cache = fd.PagedKVCache(*(2, geometry.num_kv_heads, 8), num_pages=1, dtype=pages)
+    tables = Attention(geometry, cache, 40, torch.bfloat16).tables[torch.device("cpu")]
     rounded = [torch.equal(table, table.bfloat16().float()) for table in tables]
     assert rounded == [family == "dream"] * 2
 
@@ -460,7 +461,7 @@ ROW = torch.tensor([[4, 5, 6]])
         (TypeError, r"kv_cache=int", {"kv_cache": 3}),
         (ValueError, r"kv_cache holds \(layers, kv heads, head_dim\) \(2, 4, 16\)",
          {"kv_cache": fd.PagedKVCache(2, 4, 16, num_pages=5)}),
-        (ValueError, r"kv_cache holds .* in torch.bfloat16 on cpu; takes .* in torch.float32",
+        (ValueError, r"kv_cache holds .* in torch.bfloat16 on cpu; takes .* in torch.float32 or torch.float8",
          {"kv_cache": fd.PagedKVCache(2, 4, 8, num_pages=5, dtype=torch.bfloat16)}),
         (ValueError, r"needed 5 pages, 2 of 2 are free", {"kv_cache": fd.PagedKVCache(2, 4, 8, num_pages=2)}),
         (TypeError, r"input_ids=str", {"input_ids": "hello"}),

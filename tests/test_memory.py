@@ -197,6 +197,33 @@ def test_the_peak_is_what_the_formula_says(
     assert least * needed["total"] <= peak <= needed["total"], needed
 
 
+@pytest.mark.parametrize("runtime", ["fused", "modules"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_peak_with_pages_of_fp8(family: str, dtype: torch.dtype, runtime: str) -> None:
+    """Bytes of the numbers, and 4 of each head's vector's scale; all else is as it was."""
+    model, prompts = model_of(family, dtype), prompts_of(1500, 700, 1100)
+    lengths, config = [1532, 732, 1132], fd.GenerationConfig(gen_length=32, block_length=16, steps=3)
+    own = fd.memory_needed(fd.patch(model, runtime=runtime), lengths, config)
+    needed = fd.memory_needed(fd.patch(model, kv_cache_dtype="fp8"), lengths, config)
+    kv_heads = 4 if family == "llada" else 2
+    assert needed["pages"] == fd.PagedKVCache.pages_for(lengths) * 2 * 2 * kv_heads * 32 * (16 + 4)
+    assert needed["pages"] * 16 * dtype.itemsize == own["pages"] * 20
+    assert {k: v for k, v in needed.items() if k not in ("pages", "total")} == {
+        k: v for k, v in own.items() if k not in ("pages", "total")
+    }
+    fd.generate(model, prompts, gen_length=1)  # joins the weights
+    rope_table.cache_clear()
+    if dtype == torch.float32:
+        peak, _ = allocated(lambda: fd.generate(model, prompts, config=config))
+    else:
+        with Watch() as watch:
+            fd.generate(model, prompts, config=config)
+        peak = watch.peak
+    least = 0.0 if (dtype, runtime) == (torch.bfloat16, "fused") else 0.9
+    assert least * needed["total"] <= peak <= needed["total"], needed
+
+
 @pytest.mark.parametrize("chunk", [700, 1700])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_peak_of_rows_in_chunks(family: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,15 +93,16 @@ def demo_model(device: str) -> tuple:
 
 
 @elsewhere
+@pytest.mark.parametrize("pages", ["auto", "fp8"])
 @pytest.mark.parametrize("rule", [{"threshold": 0.99}, {"steps": 32}], ids=["threshold", "steps"])
 @pytest.mark.parametrize("cache", CACHES)
-def test_demo_model(where: str, cache: str, rule: dict[str, Any]) -> None:
+def test_demo_model(where: str, cache: str, rule: dict[str, Any], pages: Any) -> None:
     tokenizer = demo_model("cpu")[1]
     prompts = [torch.tensor(tokenizer(problem.prompt)["input_ids"]) for problem in held_out(6, seed=3)]
     settings = {"gen_length": 64, "block_length": demo.BLOCK_LENGTH, "cache": cache, **rule}
 
     def build(device: str) -> Any:
-        return demo_model(device)[0]
+        return fd.patch(demo_model(device)[0], kv_cache_dtype=pages)
 
     truth = generate_on(_C.cpu_isas()[-1], build, prompts, **settings)
     found = generate_on(where, build, prompts, **settings)

@@ -139,7 +139,13 @@ def test_elementwise(probe: Probe) -> None:
     x = torch.cat([x, torch.tensor([torch.inf, -torch.inf, torch.nan, -torch.nan])])
     powers, halves = torch.zeros_like(x), torch.zeros(len(x) // 2, dtype=torch.int32)
     brains = halves.clone()
-    probe("elementwise", x, len(x), powers, halves, brains)
+    abc = torch.randn(3, 64).mul(2.0 ** torch.randint(-130, 60, (3, 64))).bfloat16()
+    abc[2, ::4] = -(abc[0].double() * abc[1].double()).bfloat16()[::4]  # so that little is left
+    abc[2, 1::4] = -0.0
+    sums = torch.zeros(32, dtype=torch.int32)
+    probe("elementwise", x, len(x), powers, halves, brains, words(abc), sums)
+    wanted = (abc[0].double() * abc[1].double() + abc[2].double()).bfloat16()
+    assert torch.equal(sums.view(torch.int16), wanted.view(torch.int16)), "rounded once, denormals kept"
     truth = torch.exp2(x.double())
     truth[truth < 2.0**-126] = 0
     finite = truth < 2.0**127

@@ -324,22 +324,26 @@ def test_the_last_layer_attends_for_the_blocks_alone(
     assert max(n for layer, n in queries if layer == 1) == 8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("wanted", [False, True])
-def test_the_librarys_attention_is_that_of_the_pages(kv_heads: int, wanted: bool) -> None:
+def test_the_librarys_attention_is_that_of_the_pages(kv_heads: int, wanted: bool, dtype: torch.dtype) -> None:
     """As a refresh on a GPU takes it: ragged sequences, all queries or a few of each."""
     torch.manual_seed(0)
     lengths, page = [5, 64, 33], 32
-    cache = fd.PagedKVCache(1, kv_heads, 16, num_pages=8, page_size=page)
+    cache = fd.PagedKVCache(1, kv_heads, 16, num_pages=8, page_size=page, dtype=dtype)
     table = cache.block_table(cache.add(lengths))
     k_pages, v_pages = cache.layer(0)
-    k_pages.normal_()
-    v_pages.normal_()
+    scales = [] if dtype == torch.float32 else [x.uniform_(0.5, 2) for x in cache.scale_storage[0][0]]
+    for pages in (k_pages, v_pages):
+        pages.copy_(torch.randn(pages.shape))
     keys, queries = Runs.of(lengths), Runs.of([2, 9, 1] if wanted else lengths)
     q = torch.randn(queries.offsets[-1], 4, 16)
-    found = library_attention(q, k_pages, v_pages, table, keys, queries, 0.3)
+    found = library_attention(q, k_pages, v_pages, table, keys, queries, 0.3, *scales)
     kv_lens = torch.tensor(lengths, dtype=torch.int32)
-    truth = fd.ops.paged_attention(q, k_pages, v_pages, table, kv_lens, queries.cu, queries.longest, 0.3)
+    truth = fd.ops.paged_attention(
+        q, k_pages, v_pages, table, kv_lens, queries.cu, queries.longest, 0.3, *scales
+    )
     torch.testing.assert_close(found, truth)
 
 

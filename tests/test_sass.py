@@ -20,7 +20,7 @@ WIDE_LOADS = [
     ("paged_attention", r"attend"),
     ("unmask", r"unmask_parts"),
     ("copy_pages", r"copy<uint4>"),
-    ("rope_write_kv", r", (?!1>)"),
+    ("rope_write_kv", r", (?!1,)\d"),
     ("quantize_fp8", r", true>"),
 ]
 WIDE = re.compile(r"LDG\.(?:.*\.)?(?:128|256)(?:\.|$)|LDGSTS\.(?:.*\.)?128(?:\.|$)|UBLKCP|UTMALDG")
@@ -28,7 +28,7 @@ TENSOR_CORE = re.compile(r"[HQ]G?MMA|UTC\w*MMA")
 LOCAL_MEMORY = re.compile(r"(?:LDL|STL)\b")
 MOST_REGISTERS = 255
 # Attention kernels whose copies are Hopper's bulk copies are empty elsewhere.
-ATTENTION = {"sm_80": r"attend.*Float16.*false>$", "sm_90a": r"attend.*Float16"}
+ATTENTION = {"sm_80": r"attend.*Float16.*(Async|Fp8)>$", "sm_90a": r"attend.*Float16"}
 
 each_architecture = pytest.mark.parametrize("architecture", cuda_resources.ARCHITECTURES)
 

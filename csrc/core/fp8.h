@@ -47,11 +47,11 @@ FASTDLLM_HD float from_fp8(uint8_t x) {
   return u.value;
 }
 
-// What a row of values is divided by, so that its largest magnitude becomes kLargestFp8; infinity and NaN
-// stay what they are, NaN with the same bits everywhere. 1 where it would be 0: such a row becomes zeros.
+// What a row of values is divided by, so that its largest magnitude becomes kLargestFp8. 1 where it would be
+// 0: such a row becomes zeros. NaN, with the same bits everywhere, where the largest is NaN or infinite.
 FASTDLLM_HD float fp8_scale(float largest) {
   const float scale = largest / kLargestFp8;
-  if (scale != scale)
+  if (!(scale <= 0x1.fffffep+127f))
     return from_fp8(0x7f);
   return scale == 0 ? 1.0f : scale;
 }

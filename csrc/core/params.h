@@ -11,6 +11,9 @@ enum class Dtype : int32_t { kFloat32, kFloat16, kBFloat16 };
 // Rotates q and k (half-split RoPE over the first rotary_dim of head_dim) and stores k and v into pages.
 //   q' = [a cos - b sin, b cos + a sin],  a = q[: rotary_dim / 2],  b = q[rotary_dim / 2 : rotary_dim]
 // Arithmetic in float32, rounded once. A slot is page * page_size + offset; a negative slot stores nothing.
+// With scales, pages hold e4m3 numbers (core/fp8.h): of each head's vector x the scale s = fp8_scale(max
+// |x|), and to_fp8(x / s), x being what would be rounded to the dtype. Where s is NaN they may be any
+// numbers.
 struct RopeWriteKvParams {
   const void* q;            // [tokens, q_heads, head_dim], heads contiguous, q_stride between tokens
   const void* k;            // [tokens, kv_heads, head_dim], likewise
@@ -22,6 +25,8 @@ struct RopeWriteKvParams {
   void* q_out;              // [tokens, q_heads, head_dim] contiguous
   void* k_pages;            // [pages, kv_heads, page_size, head_dim] contiguous
   void* v_pages;            // [pages, kv_heads, page_size, head_dim] contiguous
+  float* k_scales;          // [pages, kv_heads, page_size], or nullptr: pages hold the dtype
+  float* v_scales;          // likewise
   int64_t tokens, q_heads, kv_heads, head_dim, rotary_dim, page_size;
   int64_t q_stride, k_stride, v_stride;
   Dtype dtype;
@@ -30,10 +35,15 @@ struct RopeWriteKvParams {
 // out = softmax(scale q K^T) V for every query of every sequence, over all kv_lens[b] positions of the
 // sequence's pages: bidirectional, no mask. Query head h reads KV head h / (q_heads / kv_heads).
 // A sequence with kv_lens[b] == 0 gets zeros. Slots past kv_lens[b] may hold anything, NaN included.
+// With scales, pages hold e4m3 numbers (core/fp8.h), as elements of the dtype exact: the score of a key is
+// multiplied with its scale, and once they are summed up, its weight with that of its value. Scales may be
+// NaN. A NaN of e4m3 itself, which rope_write_kv stores only beside such a scale, is read as 480.
 struct PagedAttentionParams {
   const void* q;               // [tokens, q_heads, head_dim] contiguous
   const void* k_pages;         // [pages, kv_heads, page_size, head_dim] contiguous
   const void* v_pages;         // [pages, kv_heads, page_size, head_dim] contiguous
+  const float* k_scales;       // [pages, kv_heads, page_size], or nullptr: pages hold the dtype
+  const float* v_scales;       // likewise
   const int32_t* block_table;  // [sequences, max_blocks]: page of each page_size positions
   const int32_t* kv_lens;      // [sequences]
   const int32_t* cu_seqlens_q; // [sequences + 1]: queries of b are [cu[b], cu[b + 1])

@@ -33,13 +33,19 @@ inline U32 load_pairs(const BFloat16* p, int64_t left) {
   return r;
 }
 
+// n fp8 numbers as words of float32.
+inline void widen(const Fp8* from, Word* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes)
+    store_up_to((float*)to + i, n - i, load_up_to(from + i, n - i));
+}
+
 // Accumulators of the inner product: kUnits keys, dims or rows of a weight x 2 vectors of rows. AVX-512 has
 // 32 registers.
 constexpr int kUnits = kLanes == 16 ? 8 : 4;
 
 // An inner product goes over words of 32 bits, each kDepth elements. pack() makes words of a row of q or of
 // rows of K, pack_values() of rows of V, whose words lie across keys. words() loads kLanes words of a row
-// that has `left` more elements, zeros past them.
+// that has `left` more elements, zeros past them. Rows of K and V may also be fp8, which always is packed.
 struct Float32 {
   using Element = float;
   static constexpr int kDepth = 1, kExpDegree = 5;
@@ -47,6 +53,10 @@ struct Float32 {
   static F32 dot(F32 sum, U32 a, U32 b) { return fma((F32)a, (F32)b, sum); }
   static U32 to_word(F32 p, F32) { return (U32)p; }
   static void pack(const float* from, Word* to, int64_t n) { __builtin_memcpy(to, from, n * sizeof(float)); }
+  static void pack(const Fp8* from, Word* to, int64_t n) { widen(from, to, n); }
+  static void pack_values(const Fp8* from, Word* to, int64_t keys, int64_t head_dim) {
+    widen(from, to, keys * head_dim);
+  }
   static U32 words(const float* p, int64_t left) { return (U32)load_up_to(p, left); }
 };
 
@@ -62,6 +72,7 @@ struct NarrowFloat {
   static void pack(const BFloat16* from, Word* to, int64_t n) {
     __builtin_memcpy(to, from, n * sizeof(BFloat16));
   }
+  static void pack(const Fp8* from, Word* to, int64_t n) { widen(from, (BFloat16*)to, n); }
   static void pack_values(const BFloat16* from, Word* to, int64_t keys, int64_t head_dim) {
     for (; keys >= 2; keys -= 2, from += 2 * head_dim, to += head_dim)
       for (int64_t d = 0; d < head_dim; ++d)
@@ -69,6 +80,14 @@ struct NarrowFloat {
     if (keys == 1)
       for (int64_t d = 0; d < head_dim; ++d)
         to[d] = from[d].bits;
+  }
+  static void pack_values(const Fp8* from, Word* to, int64_t keys, int64_t head_dim) {
+    constexpr int64_t kMostDims = 256;
+    BFloat16 rows[2 * kMostDims];
+    for (; keys > 0; keys -= 2, from += 2 * head_dim, to += head_dim) {
+      widen(from, rows, min(keys, 2) * head_dim);
+      pack_values(rows, to, min(keys, 2), head_dim);
+    }
   }
   static U32 words(const BFloat16* p, int64_t left) { return load_pairs(p, left); }
 };
@@ -84,7 +103,9 @@ struct NarrowFloat {
     for (int64_t i = 0; i < n; ++i)
       to[i] = (uint32_t)from[i].bits << 16;
   }
-  static void pack_values(const BFloat16* from, Word* to, int64_t keys, int64_t head_dim) {
+  static void pack(const Fp8* from, Word* to, int64_t n) { widen(from, to, n); }
+  template <class Stored>
+  static void pack_values(const Stored* from, Word* to, int64_t keys, int64_t head_dim) {
     pack(from, to, keys * head_dim);
   }
   static U32 words(const BFloat16* p, int64_t left) { return (U32)load_up_to(p, left); }

@@ -18,6 +18,10 @@
 // or, where there is vdpbf16ps, is multiplied in pairs: K as it lies (pairs of dims), V with two keys
 // interleaved. With a tile unit it has an inner loop of its own, paged_attention_amx.h.
 //
+// Pages of fp8 with scales k_scale, v_scale of each key and value: half the bytes. They are widened to the
+// format's elements a block at a time, exactly; S_j is multiplied with k_scale_j, and P_j, once it is in l,
+// with v_scale_j.
+//
 // Assumes: head_dim a multiple of 8 up to 256; page_size 16, 32 or 64; block_table entries valid for the
 // first ceil(kv_len / page_size) pages. Slots past kv_len are read as keys (the scores are dropped) and never
 // as values, so what they hold does not matter.
@@ -35,9 +39,9 @@ constexpr int kStripRows = 2 * kLanes;
 static_assert(kAttentionTileRows % kStripRows == 0);
 
 // The pages of up to kBlockKeys keys of one KV head.
-template <class Element> struct Block {
-  const Element* k[kMaxPages];
-  const Element* v[kMaxPages];
+template <class Stored> struct Block {
+  const Stored* k[kMaxPages];
+  const Stored* v[kMaxPages];
 };
 
 // What an item needs beside its arguments; lives in the thread's scratch memory.
@@ -47,6 +51,8 @@ struct Scratch {
   Word* s;        // [key][row]: scores as float32, then probabilities as words
   Word* k;        // [key][dim], where the format packs K
   Word* v;        // [key / kDepth][dim], where the format packs V
+  float* k_scale; // [key], of fp8
+  float* v_scale; // [key], likewise
   float* row;     // [dim]
   float* maximum; // [strip][row]
   float* total;   // [strip][row]
@@ -55,7 +61,7 @@ struct Scratch {
 inline Scratch carve(int64_t head_dim) {
   constexpr int64_t kRows = kAttentionTileRows;
   const int64_t words = 2 * kRows * head_dim + kBlockKeys * kStripRows + 2 * kBlockKeys * head_dim +
-                        head_dim + 2 * kRows + 8 * 16;
+                        head_dim + 2 * kBlockKeys + 2 * kRows + 10 * 16;
   Word* p = static_cast<Word*>(scratch(words * sizeof(Word)));
   const auto take = [&](int64_t n) {
     Word* r = p;
@@ -68,20 +74,25 @@ inline Scratch carve(int64_t head_dim) {
   r.s = take(kBlockKeys * kStripRows);
   r.k = take(kBlockKeys * head_dim);
   r.v = take(kBlockKeys * head_dim);
+  r.k_scale = (float*)take(kBlockKeys);
+  r.v_scale = (float*)take(kBlockKeys);
   r.row = (float*)take(head_dim);
   r.maximum = (float*)take(kRows);
   r.total = (float*)take(kRows);
   return r;
 }
 
+// Whether K and V are multiplied as they lie in the scratch memory, and not in their pages.
+template <class Format, class Stored> constexpr bool kPacksK = Format::kPackK || is_fp8<Stored>;
+template <class Format, class Stored> constexpr bool kPacksV = Format::kPackV || is_fp8<Stored>;
+
 // One strip against one block of n keys: S, softmax, O.
-template <class Format, int kN, bool kAhead>
-void attend_strip(const Block<typename Format::Element>& block, const Block<typename Format::Element>& next,
-                  const Scratch& w, int strip, int64_t n, int64_t head_dim, int64_t page_size, float factor) {
-  using Element = typename Format::Element;
+template <class Format, class Stored, int kN, bool kAhead>
+void attend_strip(const Block<Stored>& block, const Block<Stored>& next, const Scratch& w, int strip,
+                  int64_t n, int64_t head_dim, int64_t page_size, float factor) {
   constexpr int kDepth = Format::kDepth;
   constexpr int64_t kRows = kN * kLanes;
-  constexpr int kAheadStride = kAhead ? 2 * kUnits * kDepth * (int)sizeof(Element) : 0;
+  constexpr int kAheadStride = kAhead ? 2 * kUnits * kDepth * (int)sizeof(Stored) : 0;
   const int64_t words = head_dim / kDepth;
   const Word* q = w.q + strip * kStripRows * words;
   float* o = w.o + strip * kStripRows * head_dim;
@@ -90,7 +101,7 @@ void attend_strip(const Block<typename Format::Element>& block, const Block<type
   for (int64_t j = 0; j < n; j += kUnits) {
     const int64_t page = j / page_size, slot = j % page_size;
     const Word* k;
-    if constexpr (Format::kPackK)
+    if constexpr (kPacksK<Format, Stored>)
       k = w.k + j * words;
     else
       k = (const Word*)(block.k[page] + slot * head_dim);
@@ -98,8 +109,9 @@ void attend_strip(const Block<typename Format::Element>& block, const Block<type
     multiply<Format, kN, kAheadStride>(sum, k, words, 1, q, words,
                                        (const char*)(next.k[page] + slot * head_dim));
     unroll<kUnits>([&](auto u) FASTDLLM_INLINE {
+      const float f = is_fp8<Stored> ? factor * w.k_scale[j + u] : factor;
       unroll<kN>([&](auto v) FASTDLLM_INLINE {
-        store_words(s + (j + u) * kRows + v * kLanes, (U32)(sum[u][v] * broadcast(factor)));
+        store_words(s + (j + u) * kRows + v * kLanes, (U32)(sum[u][v] * broadcast(f)));
       });
     });
   }
@@ -121,13 +133,17 @@ void attend_strip(const Block<typename Format::Element>& block, const Block<type
       return exp2<Format::kExpDegree>((F32)load_words(column + j * kRows) - m);
     };
     for (int64_t j = 0; j < n; j += kDepth) { // word j / kDepth replaces a row that has been read
-      const F32 x = probability(j);
-      F32 y{};
+      F32 x = probability(j), y{};
       sum += x;
       if constexpr (kDepth == 2) {
         if (j + 1 < n)
           y = probability(j + 1);
         sum += y;
+      }
+      if constexpr (is_fp8<Stored>) {
+        x *= broadcast(w.v_scale[j]);
+        if (kDepth == 2 && j + 1 < n)
+          y *= broadcast(w.v_scale[j + 1]);
       }
       store_words(column + j / kDepth * kRows, Format::to_word(x, y));
     }
@@ -142,7 +158,7 @@ void attend_strip(const Block<typename Format::Element>& block, const Block<type
     });
     for (int64_t page = 0, j = 0; j < n; ++page, j += page_size) {
       const Word* v;
-      if constexpr (Format::kPackV)
+      if constexpr (kPacksV<Format, Stored>)
         v = w.v + j / kDepth * head_dim;
       else
         v = (const Word*)block.v[page];
@@ -199,42 +215,44 @@ template <class Format> void end_item(const PagedAttentionParams& p, const Item&
   }
 }
 
-template <class Element>
-Block<Element> block_at(const PagedAttentionParams& p, const Item& t, int64_t head, int64_t key) {
-  Block<Element> block;
+template <class Stored>
+Block<Stored> block_at(const PagedAttentionParams& p, const Item& t, int64_t head, int64_t key) {
+  Block<Stored> block;
   for (int64_t i = 0; i < kMaxPages; ++i) { // past the last page: a page again, to prefetch from
     const int64_t j = key + i * p.page_size;
     const int64_t at = key_offset(p, t, head, j < t.keys ? j : key);
-    block.k[i] = static_cast<const Element*>(p.k_pages) + at;
-    block.v[i] = static_cast<const Element*>(p.v_pages) + at;
+    block.k[i] = static_cast<const Stored*>(p.k_pages) + at;
+    block.v[i] = static_cast<const Stored*>(p.v_pages) + at;
   }
   return block;
 }
 
-template <class Format> void attend(const PagedAttentionParams& p, const Item& t) {
-  using Element = typename Format::Element;
+template <class Format, class Stored> void attend(const PagedAttentionParams& p, const Item& t) {
   const int64_t head_dim = p.head_dim, page_size = p.page_size, words = head_dim / Format::kDepth;
   const float factor = p.scale * kLog2e; // scores in units of log2
   const Scratch w = carve(head_dim);
   begin_item<Format>(p, t, w);
-  Block<Element> block = block_at<Element>(p, t, t.kv_head, 0);
+  Block<Stored> block = block_at<Stored>(p, t, t.kv_head, 0);
   for (int64_t key = 0; key < t.keys; key += kBlockKeys) {
     const int64_t n = min(kBlockKeys, t.keys - key);
     const bool last = key + kBlockKeys >= t.keys; // then comes, as a rule, the next head
-    const Block<Element> next = last ? block_at<Element>(p, t, min(t.kv_head + 1, p.kv_heads - 1), 0)
-                                     : block_at<Element>(p, t, t.kv_head, key + kBlockKeys);
+    const Block<Stored> next = last ? block_at<Stored>(p, t, min(t.kv_head + 1, p.kv_heads - 1), 0)
+                                    : block_at<Stored>(p, t, t.kv_head, key + kBlockKeys);
     for (int64_t page = 0, j = 0; j < n; ++page, j += page_size) {
       const int64_t keys = min(n - j, page_size);
-      if constexpr (Format::kPackK)
+      if constexpr (kPacksK<Format, Stored>)
         Format::pack(block.k[page], w.k + j * words, round_up(keys, kUnits) * head_dim);
-      if constexpr (Format::kPackV)
+      if constexpr (kPacksV<Format, Stored>)
         Format::pack_values(block.v[page], w.v + j / Format::kDepth * head_dim, keys, head_dim);
     }
+    if constexpr (is_fp8<Stored>)
+      gather_scales(p, t, key, n, w.k_scale, w.v_scale);
     for (int strip = 0; strip < strip_count(t); ++strip) {
       const bool one = strip_vectors(t, strip) == 1,
                  first = strip == 0; // the first strip asks for the next block
-      const auto attend_one = one ? (first ? attend_strip<Format, 1, true> : attend_strip<Format, 1, false>)
-                                  : (first ? attend_strip<Format, 2, true> : attend_strip<Format, 2, false>);
+      const auto attend_one =
+          one ? (first ? attend_strip<Format, Stored, 1, true> : attend_strip<Format, Stored, 1, false>)
+              : (first ? attend_strip<Format, Stored, 2, true> : attend_strip<Format, Stored, 2, false>);
       attend_one(block, next, w, strip, n, head_dim, page_size, factor);
     }
     block = next;
@@ -259,15 +277,16 @@ void run(const PagedAttentionParams& p, int64_t begin, int64_t end, Attend atten
 } // namespace
 
 void paged_attention(const PagedAttentionParams& p, int64_t begin, int64_t end) {
+  const bool fp8 = p.k_scales != nullptr;
   if (p.dtype == Dtype::kFloat32)
-    return run(p, begin, end, attend<Float32>);
+    return run(p, begin, end, fp8 ? attend<Float32, Fp8> : attend<Float32, float>);
 #if defined(__AMX_BF16__)
   if (p.head_dim % amx::kHeadDimMultiple == 0) {
     const amx::Tiles tiles;
-    return run(p, begin, end, amx::attend);
+    return run(p, begin, end, fp8 ? amx::attend<Fp8> : amx::attend<BFloat16>);
   }
 #endif
-  run(p, begin, end, attend<NarrowFloat>);
+  run(p, begin, end, fp8 ? attend<NarrowFloat, Fp8> : attend<NarrowFloat, BFloat16>);
 }
 
 } // namespace fastdllm::cpu::FASTDLLM_ISA

@@ -45,5 +45,20 @@ inline int64_t key_offset(const PagedAttentionParams& p, const Item& t, int64_t 
   return ((page * p.kv_heads + head) * p.page_size + j % p.page_size) * p.head_dim;
 }
 
+// Whether pages hold fp8 numbers, with scales.
+template <class Stored> constexpr bool is_fp8 = false;
+template <> constexpr bool is_fp8<Fp8> = true;
+
+// The scales of n keys from a multiple of the page size on, and of as many more as fill 16.
+inline void gather_scales(const PagedAttentionParams& p, const Item& t, int64_t key, int64_t n, float* k,
+                          float* v) {
+  constexpr int64_t kTogether = 16; // keys, that lie in one page
+  for (int64_t j = 0; j < n; j += kTogether) {
+    const int64_t at = key_offset(p, t, t.kv_head, key + j) / p.head_dim;
+    __builtin_memcpy(k + j, p.k_scales + at, kTogether * sizeof(float));
+    __builtin_memcpy(v + j, p.v_scales + at, kTogether * sizeof(float));
+  }
+}
+
 } // namespace
 } // namespace fastdllm::cpu::FASTDLLM_ISA

@@ -7,6 +7,9 @@
 // The softmax is vertical as in paged_attention.cpp: rows in the lanes. P leaves it with two keys in a word
 // and is turned to [row][key] in registers. The interleaving works within 128 bits, so that the columns of O
 // are out of order by fours; they are put back when out is written.
+//
+// Pages of fp8 are widened to bfloat16 a block at a time, K into a buffer, V as it is interleaved. Their
+// scales meet the scores and the weights in the softmax.
 #pragma once
 
 #include "cpu/paged_attention.h"
@@ -27,22 +30,27 @@ struct Scratch {
   float* s;       // [key][32 rows]
   Word* p;        // [32 rows][key / 2]
   Word* v;        // [key / 2][dim], out of order within 32 dims
+  BFloat16* k;    // [key][dim], of fp8
+  float* k_scale; // [key], of fp8
+  float* v_scale; // [key], likewise
   float* maximum; // [row]
   float* total;   // [row]
   float* rescale; // [32 rows]
 };
 
-inline Scratch carve(int64_t head_dim) {
+template <class Stored> inline Scratch carve(int64_t head_dim) {
   constexpr int64_t kRows = kAttentionTileRows;
+  const int64_t fp8_words = is_fp8<Stored> ? kBlockKeys / 2 * head_dim + 2 * kBlockKeys : 0;
   const int64_t words = kRows * head_dim / 2 + kRows * head_dim + kBlockKeys * kPairRows +
-                        kPairRows * kBlockKeys / 2 + kBlockKeys / 2 * head_dim + 2 * kRows + kPairRows;
+                        kPairRows * kBlockKeys / 2 + kBlockKeys / 2 * head_dim + 2 * kRows + kPairRows +
+                        fp8_words;
   Word* at = static_cast<Word*>(scratch(words * sizeof(Word)));
   const auto take = [&](int64_t n) {
     Word* r = at;
     at += n; // every part is a multiple of 64 bytes
     return r;
   };
-  Scratch r;
+  Scratch r{};
   r.q = take(kRows * head_dim / 2);
   r.o = (float*)take(kRows * head_dim);
   r.s = (float*)take(kBlockKeys * kPairRows);
@@ -51,6 +59,11 @@ inline Scratch carve(int64_t head_dim) {
   r.maximum = (float*)take(kRows);
   r.total = (float*)take(kRows);
   r.rescale = (float*)take(kPairRows);
+  if constexpr (is_fp8<Stored>) {
+    r.k = (BFloat16*)take(kBlockKeys / 2 * head_dim);
+    r.k_scale = (float*)take(kBlockKeys);
+    r.v_scale = (float*)take(kBlockKeys);
+  }
   return r;
 }
 
@@ -63,8 +76,9 @@ inline __m512i to_words(F32 even, F32 odd) {
 }
 
 // The values and keys of the next block, asked for a few lines at a time throughout this one: memory is busy
-// all the time, and never so busy that the arithmetic waits for a free line buffer.
-class Ahead {
+// all the time, and never so busy that the arithmetic waits for a free line buffer. A line of fp8, which
+// lasts twice as long, is asked for twice.
+template <class Stored> class Ahead {
 public:
   Ahead(const PagedAttentionParams& p, const Item& t, int64_t key) : chunk_lines_(p.head_dim / 2) {
     const bool last = key + kBlockKeys >= t.keys; // then comes, as a rule, the next head
@@ -73,8 +87,8 @@ public:
     for (int64_t i = 0; i < kChunks; ++i) {
       const int64_t j = next + i * kTile;
       const int64_t at = key_offset(p, t, head, j < t.keys ? j : next);
-      chunks_[i] = (const char*)(static_cast<const BFloat16*>(p.v_pages) + at);
-      chunks_[kChunks + i] = (const char*)(static_cast<const BFloat16*>(p.k_pages) + at);
+      chunks_[i] = (const char*)(static_cast<const Stored*>(p.v_pages) + at);
+      chunks_[kChunks + i] = (const char*)(static_cast<const Stored*>(p.k_pages) + at);
     }
     line_ = chunks_[0];
     left_ = chunk_lines_;
@@ -83,8 +97,8 @@ public:
   template <int kLines> void fetch() {
 #pragma GCC unroll 16
     for (int i = 0; i < kLines; ++i)
-      __builtin_prefetch(line_ + i * 64, 0, 2);
-    line_ += kLines * 64;
+      __builtin_prefetch(line_ + i * kStep, 0, 2);
+    line_ += kLines * kStep;
     left_ -= kLines;
     if (left_ <= 0 && chunk_ + 1 < 2 * kChunks) {
       line_ = chunks_[++chunk_];
@@ -93,24 +107,35 @@ public:
   }
 
 private:
-  static constexpr int kChunks = kBlockKeys / kTile; // 16 keys lie together
+  static constexpr int kStep = 32 * (int)sizeof(Stored); // bytes
+  static constexpr int kChunks = kBlockKeys / kTile;     // 16 keys lie together
   const char* chunks_[2 * kChunks];
   const char* line_;
   int64_t chunk_lines_, left_;
   int chunk_ = 0;
 };
 
+// Where key j of the block that begins at `key` can be loaded into a tile, with the 15 after it.
+template <class Stored>
+inline const BFloat16* tile_keys(const PagedAttentionParams& p, const Item& t, const Scratch& w, int64_t key,
+                                 int64_t j) {
+  if constexpr (is_fp8<Stored>)
+    return w.k + j * p.head_dim;
+  else
+    return static_cast<const Stored*>(p.k_pages) + key_offset(p, t, t.kv_head, key + j);
+}
+
 // S of n keys (rounded up to whole tiles) for one or two strips of 16 rows.
-template <int kStrips>
-inline void scores(const PagedAttentionParams& p, const Item& t, int64_t key, int64_t n, const Word* q,
-                   float* s, Ahead& ahead) {
-  const BFloat16* k_pages = static_cast<const BFloat16*>(p.k_pages);
+template <int kStrips, class Stored>
+inline void scores(const PagedAttentionParams& p, const Item& t, const Scratch& w, int64_t key, int64_t n,
+                   const Word* q, Ahead<Stored>& ahead) {
+  float* s = w.s;
   const int64_t row_bytes = p.head_dim * sizeof(BFloat16), strip_words = kTile * p.head_dim / 2;
   constexpr int64_t kSBytes = kPairRows * sizeof(float);
   for (int64_t j = 0; j < n; j += 2 * kTile) {
-    const BFloat16* k0 = k_pages + key_offset(p, t, t.kv_head, key + j);
+    const BFloat16* k0 = tile_keys<Stored>(p, t, w, key, j);
     const bool two = j + kTile < n;
-    const BFloat16* k1 = two ? k_pages + key_offset(p, t, t.kv_head, key + j + kTile) : k0;
+    const BFloat16* k1 = two ? tile_keys<Stored>(p, t, w, key, j + kTile) : k0;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -118,7 +143,7 @@ inline void scores(const PagedAttentionParams& p, const Item& t, int64_t key, in
     for (int64_t d = 0; d < p.head_dim; d += 32) {
       _tile_loadd(4, k0 + d, row_bytes);
       _tile_loadd(6, q + d / 2 * kTile, 64);
-      ahead.fetch<16>();
+      ahead.template fetch<16>();
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (kStrips == 2) {
         _tile_loadd(7, q + strip_words + d / 2 * kTile, 64);
@@ -140,24 +165,40 @@ inline void scores(const PagedAttentionParams& p, const Item& t, int64_t key, in
 }
 
 // P of one strip of 16 rows from S; true if what was summed before must be rescaled.
-inline bool softmax(const float* s, int64_t n, float factor, float* maximum, float* total, float* rescale,
-                    Word* p, Ahead& ahead) {
-  const F32 f = broadcast(factor), before = load(maximum);
+template <class Stored>
+inline bool softmax(const float* s, int64_t n, float factor, const float* k_scale, const float* v_scale,
+                    float* maximum, float* total, float* rescale, Word* p, Ahead<Stored>& ahead) {
+  const F32 same = broadcast(factor), before = load(maximum);
+  const auto f = [&](int64_t key) { // what a score is multiplied with
+    if constexpr (is_fp8<Stored>)
+      return same * broadcast(k_scale[key]);
+    else
+      return same;
+  };
+  const auto weight = [&](F32 x, int64_t key) {
+    if constexpr (is_fp8<Stored>)
+      return x * broadcast(v_scale[key]);
+    else
+      return x;
+  };
   constexpr int kChains = 4;
   F32 chains[kChains] = {before, before, before, before};
   int64_t j = 0;
   for (; j + kChains <= n; j += kChains)
-    unroll<kChains>([&](auto i)
-                        FASTDLLM_INLINE { chains[i] = max(load(s + (j + i) * kPairRows) * f, chains[i]); });
+    unroll<kChains>([&](auto i) FASTDLLM_INLINE {
+      chains[i] = max(load(s + (j + i) * kPairRows) * f(j + i), chains[i]);
+    });
   for (; j < n; ++j)
-    chains[0] = max(load(s + j * kPairRows) * f, chains[0]);
+    chains[0] = max(load(s + j * kPairRows) * f(j), chains[0]);
   const F32 m = max(max(chains[0], chains[1]), max(chains[2], chains[3]));
   store(maximum, m);
   const F32 minus_m = select(m == broadcast(kMinusInfinity), F32{}, -m); // nothing but -inf: 2^(-inf - 0) = 0
   const F32 a = exp2<5>(before + minus_m);
   store(rescale, a);
   F32 sum = load(total) * a;
-  const auto probability = [&](int64_t key) { return exp2<3>(fma(load(s + key * kPairRows), f, minus_m)); };
+  const auto probability = [&](int64_t key) {
+    return exp2<3>(fma(load(s + key * kPairRows), f(key), minus_m));
+  };
   for (j = 0; j < n; j += kTileKeys) {
     __m512i words[16];
     if (n - j >= kTileKeys) {
@@ -165,15 +206,15 @@ inline bool softmax(const float* s, int64_t n, float factor, float* maximum, flo
       for (int i = 0; i < 16; ++i) {
         const F32 x = probability(j + 2 * i), y = probability(j + 2 * i + 1);
         sum += x + y;
-        words[i] = to_words(x, y);
-        ahead.fetch<3>();
+        words[i] = to_words(weight(x, j + 2 * i), weight(y, j + 2 * i + 1));
+        ahead.template fetch<3>();
       }
     } else { // no probability past the last key
       for (int i = 0; i < 16; ++i) {
         const int64_t key = j + 2 * i;
         const F32 x = key < n ? probability(key) : F32{}, y = key + 1 < n ? probability(key + 1) : F32{};
         sum += x + y;
-        words[i] = to_words(x, y);
+        words[i] = to_words(key < n ? weight(x, key) : x, key + 1 < n ? weight(y, key + 1) : y);
       }
     }
     transpose(words);
@@ -185,19 +226,33 @@ inline bool softmax(const float* s, int64_t n, float factor, float* maximum, flo
   return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ) != 0;
 }
 
+// 32 elements.
+inline __m512i load_row(const BFloat16* p) { return _mm512_loadu_si512(p); }
+inline __m512i load_row(const Fp8* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+
+// K of n keys as bfloat16, and the scales; of keys past them whatever lies there.
+inline void widen_keys(const PagedAttentionParams& p, const Item& t, int64_t key, int64_t n,
+                       const Scratch& w) {
+  for (int64_t j = 0; j < n; j += kTile)
+    widen(static_cast<const Fp8*>(p.k_pages) + key_offset(p, t, t.kv_head, key + j), w.k + j * p.head_dim,
+          kTile * p.head_dim);
+  gather_scales(p, t, key, n, w.k_scale, w.v_scale);
+}
+
 // V of n keys, two keys interleaved, with zeros up to a multiple of kTileKeys keys.
+template <class Stored>
 inline void interleave_values(const PagedAttentionParams& p, const Item& t, int64_t key, int64_t n, Word* to,
-                              Ahead& ahead) {
-  const BFloat16* v_pages = static_cast<const BFloat16*>(p.v_pages);
+                              Ahead<Stored>& ahead) {
+  const Stored* v_pages = static_cast<const Stored*>(p.v_pages);
   const int64_t head_dim = p.head_dim;
   for (int64_t j = 0; j < n; j += kTile) { // that lie together
-    const BFloat16* even = v_pages + key_offset(p, t, t.kv_head, key + j);
+    const Stored* even = v_pages + key_offset(p, t, t.kv_head, key + j);
     for (int64_t i = j; i < min(n, j + kTile); i += 2) {
       const bool two = i + 1 < n;
-      ahead.fetch<2>();
+      ahead.template fetch<2>();
       for (int64_t d = 0; d < head_dim; d += 32) {
-        const __m512i x = _mm512_loadu_si512(even + d);
-        const __m512i y = two ? _mm512_loadu_si512(even + head_dim + d) : _mm512_setzero_si512();
+        const __m512i x = load_row(even + d);
+        const __m512i y = two ? load_row(even + head_dim + d) : _mm512_setzero_si512();
         store_words(to + d, (U32)_mm512_unpacklo_epi16(x, y));
         store_words(to + d + 16, (U32)_mm512_unpackhi_epi16(x, y));
       }
@@ -209,8 +264,9 @@ inline void interleave_values(const PagedAttentionParams& p, const Item& t, int6
 }
 
 // O += P V for one or two strips of 16 rows.
-template <int kStrips>
-inline void values(const Word* p, const Word* v, int64_t n, int64_t head_dim, float* o, Ahead& ahead) {
+template <int kStrips, class Stored>
+inline void values(const Word* p, const Word* v, int64_t n, int64_t head_dim, float* o,
+                   Ahead<Stored>& ahead) {
   constexpr int64_t kPBytes = kBlockKeys / 2 * sizeof(Word);
   const int64_t row_bytes = head_dim * sizeof(float);
   for (int64_t d = 0; d < head_dim; d += 32) {
@@ -226,7 +282,7 @@ inline void values(const Word* p, const Word* v, int64_t n, int64_t head_dim, fl
       const Word* v_j = v + j / 2 * head_dim + d;
       _tile_loadd(4, p + j / 2, kPBytes);
       _tile_loadd(6, v_j, row_bytes);
-      ahead.fetch<16>();
+      ahead.template fetch<16>();
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, v_j + kTile, row_bytes);
       _tile_dpbf16ps(1, 4, 7);
@@ -245,10 +301,10 @@ inline void values(const Word* p, const Word* v, int64_t n, int64_t head_dim, fl
   }
 }
 
-inline void attend(const PagedAttentionParams& p, const Item& t) {
+template <class Stored> inline void attend(const PagedAttentionParams& p, const Item& t) {
   const int64_t head_dim = p.head_dim, words = head_dim / 2;
   const int64_t strips = (t.rows + kTile - 1) / kTile;
-  const Scratch w = carve(head_dim);
+  const Scratch w = carve<Stored>(head_dim);
 
   const BFloat16* q = static_cast<const BFloat16*>(p.q);
   for (int64_t strip = 0; strip < strips; ++strip)
@@ -271,7 +327,9 @@ inline void attend(const PagedAttentionParams& p, const Item& t) {
   const float factor = p.scale * kLog2e;
   for (int64_t key = 0; key < t.keys; key += kBlockKeys) {
     const int64_t n = min(kBlockKeys, t.keys - key);
-    Ahead ahead(p, t, key);
+    Ahead<Stored> ahead(p, t, key);
+    if constexpr (is_fp8<Stored>)
+      widen_keys(p, t, key, n, w);
     interleave_values(p, t, key, n, w.v, ahead);
     for (int64_t strip = 0; strip < strips; strip += 2) {
       const bool two = strip + 1 < strips;
@@ -279,14 +337,14 @@ inline void attend(const PagedAttentionParams& p, const Item& t) {
       float* o = w.o + strip * kTile * head_dim;
       memory_barrier();
       if (two)
-        scores<2>(p, t, key, n, q_pair, w.s, ahead);
+        scores<2>(p, t, w, key, n, q_pair, ahead);
       else
-        scores<1>(p, t, key, n, q_pair, w.s, ahead);
+        scores<1>(p, t, w, key, n, q_pair, ahead);
       bool changed = false;
       for (int64_t i = 0; i < (two ? 2 : 1); ++i) {
         const int64_t row = (strip + i) * kTile;
-        changed |= softmax(w.s + i * kTile, n, factor, w.maximum + row, w.total + row, w.rescale + i * kTile,
-                           w.p + i * kTile * (kBlockKeys / 2), ahead);
+        changed |= softmax(w.s + i * kTile, n, factor, w.k_scale, w.v_scale, w.maximum + row, w.total + row,
+                           w.rescale + i * kTile, w.p + i * kTile * (kBlockKeys / 2), ahead);
       }
       if (changed)
         for (int64_t r = 0; r < (two ? 2 : 1) * kTile; ++r) {

@@ -5,18 +5,32 @@
 // [positions, rotary_dim / 2] float32; q_out [tokens, q_heads, head_dim]; pages
 // [pages, kv_heads, page_size, head_dim], where slot s is row s % page_size of page s / page_size.
 //
+// With scales, pages hold e4m3 numbers: of a rotated key or a value x, s = fp8_scale(max |x|) and
+// to_fp8(x / s), x in float32.
+//
 // Bytes: q, k and v read once and written once, and one row of cos and sin a token.
 // Work: an item is a token. Lanes run over the dims of a half.
 // Arithmetic in float32 without contraction, rounded once: the same bits on every instruction set.
 // Assumes: rotary_dim even and at most head_dim; slots distinct; a negative slot stores neither k nor v.
+#include "cpu/fp8.h"
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
 
 namespace fastdllm::cpu::FASTDLLM_ISA {
 namespace {
 
-template <class T>
-inline void rotate(const T* x, T* out, const float* cos, const float* sin, int64_t half, int64_t head_dim) {
+constexpr int64_t kMostDims = 256;
+
+template <class T> inline void copy(const T* from, T* to, int64_t n) {
+  __builtin_memcpy(to, from, n * sizeof(T));
+}
+inline void copy(const BFloat16* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes)
+    store_up_to(to + i, n - i, load_up_to(from + i, n - i));
+}
+
+// `out` holds T or float32.
+template <class T, class Out>
+inline void rotate(const T* x, Out* out, const float* cos, const float* sin, int64_t half, int64_t head_dim) {
   int64_t i = 0;
   for (; i + kLanes <= half; i += kLanes) {
     const F32 a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
@@ -29,7 +43,7 @@ inline void rotate(const T* x, T* out, const float* cos, const float* sin, int64
     store_first(out + i, n, a * c - b * s);
     store_first(out + half + i, n, b * c + a * s);
   }
-  __builtin_memcpy(out + 2 * half, x + 2 * half, (head_dim - 2 * half) * sizeof(T));
+  copy(x + 2 * half, out + 2 * half, head_dim - 2 * half);
 }
 
 template <class T> void write_tokens(const RopeWriteKvParams& p, int64_t begin, int64_t end) {
@@ -49,9 +63,16 @@ template <class T> void write_tokens(const RopeWriteKvParams& p, int64_t begin, 
     const T* v = static_cast<const T*>(p.v) + token * p.v_stride;
     const int64_t page = slot / p.page_size, row = slot % p.page_size;
     for (int64_t head = 0; head < p.kv_heads; ++head) {
-      const int64_t at = ((page * p.kv_heads + head) * p.page_size + row) * d;
-      rotate(k + head * d, static_cast<T*>(p.k_pages) + at, cos, sin, half, d);
-      __builtin_memcpy(static_cast<T*>(p.v_pages) + at, v + head * d, d * sizeof(T));
+      const int64_t vector = (page * p.kv_heads + head) * p.page_size + row, at = vector * d;
+      if (p.k_scales) {
+        float x[kMostDims];
+        rotate(k + head * d, x, cos, sin, half, d);
+        p.k_scales[vector] = quantise(x, static_cast<Fp8*>(p.k_pages) + at, d);
+        p.v_scales[vector] = quantise(v + head * d, static_cast<Fp8*>(p.v_pages) + at, d);
+      } else {
+        rotate(k + head * d, static_cast<T*>(p.k_pages) + at, cos, sin, half, d);
+        copy(v + head * d, static_cast<T*>(p.v_pages) + at, d);
+      }
     }
   }
 }

@@ -35,9 +35,16 @@ typedef int32_t I32 __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef uint32_t U32 __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 typedef uint16_t U16 __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
+typedef uint8_t U8 __attribute__((vector_size(kLanes * sizeof(uint8_t))));
+
 // The upper half of a float32.
 struct BFloat16 {
   uint16_t bits;
+};
+
+// e4m3 (core/fp8.h).
+struct Fp8 {
+  uint8_t bits;
 };
 
 // f(Index<0>), f(Index<1>) ... f(Index<kN - 1>). An array that is indexed by these alone becomes registers,
@@ -124,6 +131,52 @@ template <> inline F32 rounded<BFloat16>(F32 x) { return (F32)(round_to_bf16(x) 
 inline void store(BFloat16* p, F32 x) {
   const U16 r = __builtin_convertvector(round_to_bf16(x), U16);
   __builtin_memcpy(p, &r, sizeof r);
+}
+
+// Exact; NaN becomes 480. What is a half apart from the bias of its exponent, is one times 2^-8.
+inline F32 load(const Fp8* p) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+  const __m256i signs_apart = _mm256_and_si256(halves, _mm256_set1_epi16((int16_t)0xbf80));
+  return (F32)_mm512_maskz_cvtph_ps(kAllLanes, signs_apart) * broadcast(256.0f);
+#elif defined(__AVX2__) && defined(__F16C__)
+  const __m128i halves = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7);
+  const __m128i signs_apart = _mm_and_si128(halves, _mm_set1_epi16((int16_t)0xbf80));
+  return (F32)_mm256_cvtph_ps(signs_apart) * broadcast(256.0f);
+#else
+  U8 bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  const U32 x = __builtin_convertvector(bytes, U32), magnitude = x & 0x7fu;
+  const F32 small = __builtin_convertvector((I32)magnitude, F32) * broadcast(0x1p-9f);
+  const F32 normal = (F32)((magnitude << 20) + (120u << 23));
+  return (F32)((U32)select((I32)magnitude < 8, small, normal) | x >> 7 << 31);
+#endif
+}
+
+// x of 0 to 255, as bytes. g++ 12 converts vectors to bytes lane by lane.
+inline U8 to_bytes(I32 x) {
+#if defined(__AVX512F__)
+  return (U8)_mm512_maskz_cvtepi32_epi8(kAllLanes, (__m512i)x);
+#elif defined(__AVX2__)
+  const __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
+  const __m128i words = _mm_packus_epi32(low, high), bytes = _mm_packus_epi16(words, words);
+  U8 r;
+  __builtin_memcpy(&r, &bytes, sizeof r);
+  return r;
+#else
+  return __builtin_convertvector((U32)x, U8);
+#endif
+}
+
+// fastdllm::to_fp8 of every lane.
+inline void store(Fp8* p, F32 x) {
+  const I32 magnitude = bits(x) & 0x7fffffff;
+  const I32 bounded = select(magnitude < 0x43e00000, magnitude, broadcast(0x43e00000)); // 448
+  const I32 small = bits(from_bits(bounded) + broadcast(0x1p14f)) & 0x7fffff;
+  const I32 normal = ((bounded + 0x7ffff + (bounded >> 20 & 1)) >> 20) - (120 << 3);
+  const I32 r = select(from_bits(bounded) < broadcast(0x1p-6f), small, normal) | (bits(x) >> 24 & 0x80);
+  const U8 bytes = to_bytes(select(x == x, r, broadcast(0x7f)));
+  __builtin_memcpy(p, &bytes, sizeof bytes);
 }
 
 // The first n lanes of memory (n <= kLanes), the others `rest`.
@@ -244,6 +297,33 @@ inline F32 silu(F32 x) {
 }
 
 // ---------------------------------------------------------------------------------------------- over vectors
+
+#if defined(__AVX512BF16__)
+// 32 fp8 numbers as bfloat16, exact; NaN becomes 480.
+inline __m512i widen(__m256i bytes) {
+  // Of 2^-6 and more: the biases of the exponents apart. Below, multiples of 2^-9 by the 3 bits that are
+  // left.
+  const __m512i small = _mm512_zextsi128_si512(
+      _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60)); // 0, 1, ... 7 * 2^-9
+  const __m512i x = _mm512_cvtepi8_epi16(bytes);
+  const __m512i field = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi16(0x07f0));
+  const __m512i normal = _mm512_add_epi16(field, _mm512_set1_epi16(120 << 7));
+  const __mmask32 is_small = _mm512_testn_epi16_mask(x, _mm512_set1_epi16(0x78));
+  const __m512i magnitude = _mm512_mask_permutexvar_epi16(normal, is_small, x, small);
+  constexpr int kAOrBAndC = 0xf8;
+  return _mm512_ternarylogic_epi32(magnitude, x, _mm512_set1_epi16((int16_t)0x8000), kAOrBAndC);
+}
+
+inline void widen(const Fp8* from, BFloat16* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    _mm512_storeu_si512(to + i, widen(_mm256_loadu_si256((const __m256i*)(from + i))));
+  if (i < n) {
+    const __mmask32 rest = (1u << (n - i)) - 1;
+    _mm512_mask_storeu_epi16(to + i, rest, widen(_mm256_maskz_loadu_epi8(rest, from + i)));
+  }
+}
+#endif
 
 #if defined(__AVX512F__)
 // x[i][j] <-> x[j][i]

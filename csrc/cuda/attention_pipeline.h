@@ -79,53 +79,78 @@ template <class T, int kDim> struct alignas(16) SharedRow {
   T x[kDim + kVector<T>];
 };
 template <class T, int kDim, int kKeys> struct Stage {
+  static constexpr bool kScaled = false;
   SharedRow<T, kDim> k[kKeys], v[kKeys];
 };
 
+// Where the keys of a sequence and KV head lie, by pages that are looked up tile by tile.
+class KeyPlaces {
+public:
+  // The pages from the tile's first on, a lane each. A step ahead of load(), whose addresses wait for them.
+  __device__ void find_pages(int tile) {
+    first_block_ = tile * tile_keys_ >> shift_;
+    const int block = first_block_ + static_cast<int>(threadIdx.x % kWarp);
+    page_ = block << shift_ < kv_len_ ? table_[block] : 0;
+  }
+
+protected:
+  __device__ KeyPlaces(const PagedAttentionParams& p, int64_t b, int kv_head, int tile_keys)
+      : table_(p.block_table + b * p.max_blocks), kv_head_(kv_head), kv_heads_(p.kv_heads),
+        kv_len_(p.kv_lens[b]), tile_keys_(tile_keys), page_size_(static_cast<int>(p.page_size)),
+        shift_(p.page_size == 16   ? 4
+               : p.page_size == 32 ? 5
+                                   : 6) {}
+
+  // The row of [pages, kv_heads, page_size]. For whole warps.
+  __device__ int64_t place_of(int key) const {
+    const int page = __shfl_sync(kAllLanes, page_, (key >> shift_) - first_block_);
+    return (page * kv_heads_ + kv_head_) * page_size_ + (key & (page_size_ - 1));
+  }
+  __device__ int kv_len() const { return kv_len_; }
+
+private:
+  const int32_t* table_;
+  int64_t kv_head_, kv_heads_;
+  int kv_len_, tile_keys_, page_size_, shift_;
+  int first_block_ = 0, page_ = 0;
+};
+
 // Rows past the end of the sequence are zero, since weights of zero meet them in V.
-template <class T, int kDim, int kKeys, bool kBulk> class KeyLoader {
+template <class T, int kDim, int kKeys, bool kBulk> class KeyLoader : public KeyPlaces {
   static constexpr int kChunks = kDim / kVector<T>;
   static_assert(kKeys * kChunks % kAttentionThreads == 0 && kDim % kVector<T> == 0);
 
 public:
+  using Stage = cuda::Stage<T, kDim, kKeys>;
+  struct Rows {}; // stages are used as they come
+  static constexpr bool kIsBulk = kBulk, kWidens = false;
+
   __device__ KeyLoader(const PagedAttentionParams& p, int64_t b, int kv_head)
-      : k_(static_cast<const T*>(p.k_pages)), v_(static_cast<const T*>(p.v_pages)),
-        table_(p.block_table + b * p.max_blocks), kv_head_(kv_head), kv_heads_(p.kv_heads),
-        kv_len_(p.kv_lens[b]), head_dim_(static_cast<int>(p.head_dim)),
-        page_size_(static_cast<int>(p.page_size)), shift_(p.page_size == 16   ? 4
-                                                          : p.page_size == 32 ? 5
-                                                                              : 6) {}
+      : KeyPlaces(p, b, kv_head, kKeys), k_(static_cast<const T*>(p.k_pages)),
+        v_(static_cast<const T*>(p.v_pages)), head_dim_(static_cast<int>(p.head_dim)) {}
 
   // Zeros behind head_dim, which no copy touches: K's are multiplied by Q's.
-  __device__ void clear_padding(Stage<T, kDim, kKeys>* stages, int count) const {
+  __device__ void clear_padding(Stage* stages, int count) const {
     for (int i = threadIdx.x; i < count * kKeys; i += kAttentionThreads)
       for (int d = head_dim_; d < kDim; ++d)
         stages[i / kKeys].k[i % kKeys].x[d] = T{};
   }
 
-  // Looks up the pages from the tile's first on, a lane each. A step ahead of load(), whose addresses wait
-  // for them.
-  __device__ void find_pages(int tile) {
-    first_block_ = tile * kKeys >> shift_;
-    const int block = first_block_ + static_cast<int>(threadIdx.x % kWarp);
-    page_ = block << shift_ < kv_len_ ? table_[block] : 0;
-  }
-
   // Starts the copies of the tile that find_pages saw last. Bulk copies report to the barrier, whose only
   // arrival in this phase is here; it may come after some of the copies.
-  __device__ void load(Stage<T, kDim, kKeys>& stage, int tile, uint64_t* barrier) const {
+  __device__ void load(Stage& stage, int tile, uint64_t* barrier) const {
     const int first_key = tile * kKeys;
     if constexpr (kBulk) {
       const uint32_t row_bytes = static_cast<uint32_t>(head_dim_ * sizeof(T));
       if (threadIdx.x == 0)
         mbarrier_arrive_expect(barrier,
-                               2 * row_bytes * static_cast<uint32_t>(Least{}(kv_len_ - first_key, kKeys)));
+                               2 * row_bytes * static_cast<uint32_t>(Least{}(kv_len() - first_key, kKeys)));
       for (int i = threadIdx.x; i < 2 * kKeys; i += kAttentionThreads) {
         const bool is_k = i < kKeys;
         const int row = i % kKeys;
-        const int64_t from = offset(first_key + row);
+        const int64_t from = place_of(first_key + row) * head_dim_;
         SharedRow<T, kDim>& to = is_k ? stage.k[row] : stage.v[row];
-        if (first_key + row < kv_len_)
+        if (first_key + row < kv_len())
           bulk_copy(&to, (is_k ? k_ : v_) + from, row_bytes, barrier);
         else
           to = SharedRow<T, kDim>{};
@@ -134,8 +159,8 @@ public:
 #pragma unroll
       for (int i = 0; i < kKeys * kChunks; i += kAttentionThreads) {
         const int row = (i + threadIdx.x) / kChunks, column = (i + threadIdx.x) % kChunks * kVector<T>;
-        const int64_t from = offset(first_key + row) + column;
-        const bool live = first_key + row < kv_len_;
+        const int64_t from = place_of(first_key + row) * head_dim_ + column;
+        const bool live = first_key + row < kv_len();
         if (column < head_dim_) {
           cp_async_16(&stage.k[row].x[column], k_ + from, live);
           cp_async_16(&stage.v[row].x[column], v_ + from, live);
@@ -145,16 +170,8 @@ public:
   }
 
 private:
-  __device__ int64_t offset(int key) const {
-    const int page = __shfl_sync(kAllLanes, page_, (key >> shift_) - first_block_);
-    return ((page * kv_heads_ + kv_head_) * page_size_ + (key & (page_size_ - 1))) * head_dim_;
-  }
-
   const T *k_, *v_;
-  const int32_t* table_;
-  int64_t kv_head_, kv_heads_;
-  int kv_len_, head_dim_, page_size_, shift_;
-  int first_block_ = 0, page_ = 0;
+  int head_dim_;
 };
 
 // ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // The arithmetic of one block of paged_attention: scores, online softmax and sums over a tile of keys in
 // shared memory. Two kinds with the same face: tensor cores for bfloat16 and float16, plain float arithmetic
-// for float32. Scores are in units of log2, so that weights are powers of two.
+// for float32. Scores are in units of log2, so that weights are powers of two. Where keys have scales, scores
+// are multiplied with those of keys, and weights, once they are in the sum, with those of values.
 #pragma once
 
 #include "cuda/attention_pipeline.h"
@@ -24,12 +25,11 @@ template <class T, int kDim_, int kRowWarps, int kRowTiles> struct TensorTile {
   static constexpr bool kKeepsQ = kDim * kRowTiles <= 128;
   static_assert(kWarpKeys % 16 == 0 && kDim % 16 == 0 && kKeyWarps <= 2);
 
-  using Stage = cuda::Stage<T, kDim, kKeys>;
   struct Extra {};
   struct Merge { // of the second warps over the keys, in the place of the stages
     float o[kRows][kDim], largest[kRows], sum[kRows];
   };
-  static_assert(kKeyWarps == 1 || sizeof(Merge) <= 2 * sizeof(Stage));
+  static constexpr size_t kMergeBytes = kKeyWarps > 1 ? sizeof(Merge) : 0;
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int first_row = warp % kRowWarps * 16 * kRowTiles, first_key = warp / kRowWarps * kWarpKeys;
@@ -60,7 +60,7 @@ template <class T, int kDim_, int kRowWarps, int kRowTiles> struct TensorTile {
   }
 
   // `keys` of the tile are keys of the sequence.
-  __device__ void step(const Stage& stage, int keys, float scale, Extra&) {
+  template <class Rows> __device__ void step(const Rows& stage, int keys, float scale, Extra&) {
     float s[kRowTiles][kWarpKeys / 8][4] = {};
 #pragma unroll
     for (int kk = 0; kk < kDim / 16; ++kk) {
@@ -96,7 +96,10 @@ template <class T, int kDim_, int kRowWarps, int kRowTiles> struct TensorTile {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int key = first_key + 8 * n + lane % 4 * 2 + e % 2;
-          s[i][n][e] = key < keys ? s[i][n][e] * scale : -INFINITY;
+          float factor = scale;
+          if constexpr (Rows::kScaled)
+            factor *= stage.k_scales[key];
+          s[i][n][e] = key < keys ? s[i][n][e] * factor : -INFINITY;
           top[e / 2] = fmaxf(top[e / 2], s[i][n][e]);
         }
       float shrink[2];
@@ -118,6 +121,8 @@ template <class T, int kDim_, int kRowWarps, int kRowTiles> struct TensorTile {
         for (int e = 0; e < 4; ++e) {
           s[i][n][e] = exp2_approx(s[i][n][e] - top[e / 2]);
           sum[i][e / 2] += s[i][n][e];
+          if constexpr (Rows::kScaled)
+            s[i][n][e] *= stage.v_scales[first_key + 8 * n + lane % 4 * 2 + e % 2];
         }
     }
 
@@ -143,15 +148,14 @@ template <class T, int kDim_, int kRowWarps, int kRowTiles> struct TensorTile {
   }
 
   // writer(row, largest, sum) for the tile's rows, of which there are `rows`.
-  template <class Writer>
-  __device__ void finish(int rows, int head_dim, Stage* stages, const Writer& writer) {
+  template <class Writer> __device__ void finish(int rows, int head_dim, void* stages, const Writer& writer) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         sum[i][h] = warp_reduce(sum[i][h], Sum{}, 4);
     if constexpr (kKeyWarps > 1) {
-      Merge& merge = *reinterpret_cast<Merge*>(stages);
+      Merge& merge = *static_cast<Merge*>(stages);
       __syncthreads(); // all are done with the stages
       if (first_key > 0)
         hand_over(merge);
@@ -226,7 +230,7 @@ template <int kDim_> struct FloatTile {
   static constexpr int kLaneRows = kWarpRows * kKeys / kWarp;
   static constexpr int kColumns = kDim / kWarp;
 
-  using Stage = cuda::Stage<float, kDim, kKeys>;
+  static constexpr size_t kMergeBytes = 0;
   struct alignas(16) Extra {
     float weights[kRows][kKeys], shrink[kRows], sum[kRows], largest[kRows];
   };
@@ -248,7 +252,9 @@ template <int kDim_> struct FloatTile {
     extra_ = &extra;
   }
 
-  __device__ void step(const Stage& stage, int keys, float scale, Extra& extra) {
+  template <class Rows> __device__ void step(const Rows& stage, int keys, float scale, Extra& extra) {
+    if constexpr (Rows::kScaled)
+      scale *= stage.k_scales[key];
     using Four = Pack<float, 4>;
     float s[kLaneRows] = {};
 #pragma unroll 4
@@ -269,7 +275,10 @@ template <int kDim_> struct FloatTile {
       const float shrink = exp2f(largest[r] - top), weight = exp2f(s[r] - top);
       largest[r] = top;
       sum[r] = sum[r] * shrink + weight;
-      extra.weights[score_row + r][key] = weight;
+      if constexpr (Rows::kScaled)
+        extra.weights[score_row + r][key] = weight * stage.v_scales[key];
+      else
+        extra.weights[score_row + r][key] = weight;
       extra.shrink[score_row + r] = shrink; // kKeys lanes, the same value
     }
     __syncwarp();
@@ -296,7 +305,7 @@ template <int kDim_> struct FloatTile {
     }
   }
 
-  template <class Writer> __device__ void finish(int rows, int head_dim, Stage*, const Writer& writer) {
+  template <class Writer> __device__ void finish(int rows, int head_dim, void*, const Writer& writer) {
     Extra& extra = *extra_;
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {

@@ -15,7 +15,8 @@
 // for splits of 256 keys, and fewer for longer ones.
 //
 // Keys and values come by cp.async; FASTDLLM_CUDA_COPY=bulk has the kernel of up to 32 rows take Hopper's
-// bulk copies instead, for measuring. The bits are the same.
+// bulk copies instead, for measuring. The bits are the same. Pages of fp8 come by cp.async, half the bytes,
+// and are widened in shared memory (attention_fp8.h); scores and weights are multiplied with their scales.
 //
 // Assumes q_heads % kv_heads == 0, head_dim a multiple of 8 up to 256, pages of 16, 32 or 64. Keys at
 // kv_lens[b] and after are never used. No atomics.
@@ -24,6 +25,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cuda/attention_fp8.h"
 #include "cuda/attention_tiles.h"
 #include "cuda/kernels.h"
 
@@ -32,13 +34,26 @@ namespace {
 
 constexpr float kLog2e = 0x1.715476p+0f;
 
-template <class Tile> struct SharedStart {
+// How keys and values come.
+struct Async {
+  template <class Tile> using Loader = KeyLoader<typename Tile::Element, Tile::kDim, Tile::kKeys, false>;
+};
+struct Bulk {
+  template <class Tile> using Loader = KeyLoader<typename Tile::Element, Tile::kDim, Tile::kKeys, true>;
+};
+struct Fp8 {
+  template <class Tile> using Loader = Fp8Loader<typename Tile::Element, Tile::kDim, Tile::kKeys>;
+};
+template <class Tile, class Way> using LoaderOf = typename Way::template Loader<Tile>;
+
+template <class Tile, class Way> struct SharedStart {
   uint64_t barriers[kMaxStages];
   alignas(16) SharedRow<typename Tile::Element, Tile::kDim> q[Tile::kRows];
   typename Tile::Extra extra;
+  typename LoaderOf<Tile, Way>::Rows rows;
 };
-template <class Tile> constexpr size_t shared_bytes(int stages) {
-  return sizeof(SharedStart<Tile>) + stages * sizeof(typename Tile::Stage);
+template <class Tile, class Way> constexpr size_t shared_bytes(int stages) {
+  return sizeof(SharedStart<Tile, Way>) + stages * sizeof(typename LoaderOf<Tile, Way>::Stage);
 }
 
 template <class T>
@@ -49,10 +64,12 @@ __device__ void zero_rows(const PagedAttentionParams& p, const AttentionPlan& pl
       static_cast<T*>(p.out)[row_offset(p, plan, first_token, kv_head, first_row + r) + d] = T{};
 }
 
-template <class Tile, bool kBulk>
+template <class Tile, class Way>
 __global__ void __launch_bounds__(kAttentionThreads, kBlocksAtATime)
     attend(PagedAttentionParams p, AttentionPlan plan) {
   using T = typename Tile::Element;
+  using Loader = LoaderOf<Tile, Way>;
+  static_assert(Tile::kMergeBytes <= 2 * sizeof(typename Loader::Stage));
   constexpr int kDim = Tile::kDim, kRows = Tile::kRows, kKeys = Tile::kKeys;
   const int64_t b = blockIdx.z;
   const int kv_head = static_cast<int>(blockIdx.y), head_dim = static_cast<int>(p.head_dim);
@@ -71,13 +88,13 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksAtATime)
   if (work.tiles == 0)
     return zero_rows<T>(p, plan, work.first_token, kv_head, first_row, rows);
 
-  auto& shared = shared_memory<SharedStart<Tile>>();
-  auto* stages = reinterpret_cast<typename Tile::Stage*>(&shared + 1);
-  KeyLoader<T, kDim, kKeys, kBulk> loader(p, b, kv_head);
+  auto& shared = shared_memory<SharedStart<Tile, Way>>();
+  auto* stages = reinterpret_cast<typename Loader::Stage*>(&shared + 1);
+  Loader loader(p, b, kv_head);
   const int first_tile = split * work.tiles_per_split;
   const int end_tile = Least{}(first_tile + work.tiles_per_split, work.tiles);
 
-  if constexpr (kBulk) {
+  if constexpr (Loader::kIsBulk) {
     if (threadIdx.x == 0)
       unroll<kMaxStages>([&](int i) { mbarrier_init(&shared.barriers[i], 1); });
     __syncthreads();
@@ -104,7 +121,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksAtATime)
   int stage = 0, round = 0; // of `t`; the barrier's phase
   for (int t = first_tile; t < end_tile; ++t) {
     const int next = t + plan.stages - 1, next_stage = stage > 0 ? stage - 1 : plan.stages - 1;
-    if constexpr (kBulk) {
+    if constexpr (Loader::kIsBulk) {
       cp_async_wait<0>(); // the queries
       mbarrier_wait(&shared.barriers[stage], round & 1);
     } else if (plan.stages == 2) {
@@ -120,7 +137,14 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksAtATime)
     cp_async_commit();
     if (t == first_tile)
       tile.begin(shared.q, shared.extra);
-    tile.step(stages[stage], work.kv_len - t * kKeys, p.scale * kLog2e, shared.extra);
+    const int keys = work.kv_len - t * kKeys;
+    if constexpr (Loader::kWidens) {
+      loader.widen(stages[stage], shared.rows, t);
+      __syncthreads(); // the rows are there for all
+      tile.step(shared.rows, keys, p.scale * kLog2e, shared.extra);
+    } else {
+      tile.step(stages[stage], keys, p.scale * kLog2e, shared.extra);
+    }
     if (++stage == plan.stages) {
       stage = 0;
       ++round;
@@ -217,17 +241,17 @@ struct Launcher {
   cudaStream_t stream;
 
   // Three stages where kBlocksAtATime blocks have room for them; two always have it for one (99 KiB).
-  template <class Tile> int stages() const {
+  template <class Tile, class Way> int stages() const {
     constexpr size_t kReserved = 1 << 10, kLeastOfBlock = 99 << 10; // bytes a block
-    static_assert(shared_bytes<Tile>(2) <= kLeastOfBlock);
-    const size_t bytes = shared_bytes<Tile>(kMaxStages);
+    static_assert(shared_bytes<Tile, Way>(2) <= kLeastOfBlock);
+    const size_t bytes = shared_bytes<Tile, Way>(kMaxStages);
     const bool fit = bytes <= static_cast<size_t>(facts.shared_of_block) &&
                      (bytes + kReserved) * kBlocksAtATime <= static_cast<size_t>(facts.shared_of_all);
     return fit ? kMaxStages : 2;
   }
 
   // Sequences with more than `above` and at most `upto` rows.
-  template <class Tile, bool kBulk> const char* run(int64_t above, int64_t upto) const {
+  template <class Tile, class Way> const char* run(int64_t above, int64_t upto) const {
     const int64_t rows = std::min(longest_rows(p), upto);
     if (rows <= above && above > 0) // the first launch also zeroes the tokens outside of all sequences
       return nullptr;
@@ -237,14 +261,14 @@ struct Launcher {
     plan.group = static_cast<int>(p.q_heads / p.kv_heads);
     plan.slots = facts.multiprocessors * kBlocksAtATime;
     plan.tiles_per_sequence = static_cast<int>(partial_tiles(p, facts, most_tile_rows(p)));
-    plan.stages = stages<Tile>();
+    plan.stages = stages<Tile, Way>();
     // row tiles times splits is at most their number without splits, or what fills the device
     const int64_t row_tiles = rows > 0 ? (rows + Tile::kRows - 1) / Tile::kRows : 1;
     const int64_t filling = std::min(plan.slots / p.kv_heads, row_tiles * kMaxSplits);
     const dim3 grid(grid_size(std::max(row_tiles, filling)), grid_size(p.kv_heads),
                     grid_size(p.sequences + 1));
-    if (const char* error = launch(attend<Tile, kBulk>, grid, kAttentionThreads,
-                                   shared_bytes<Tile>(plan.stages), stream, p, plan))
+    if (const char* error = launch(attend<Tile, Way>, grid, kAttentionThreads,
+                                   shared_bytes<Tile, Way>(plan.stages), stream, p, plan))
       return error;
     const int64_t split_rows =
         std::min<int64_t>(rows * p.kv_heads, plan.slots / 2 * Tile::kRows); // at most, of all heads
@@ -256,25 +280,29 @@ struct Launcher {
   }
 
   template <class T, int kDim> const char* run_all() const {
+    return p.k_scales ? run_tiles<T, kDim, Fp8>() : run_tiles<T, kDim, Async>();
+  }
+
+  template <class T, int kDim, class Way> const char* run_tiles() const {
     constexpr int64_t kNoEnd = 0x7fffffff;
     if constexpr (sizeof(T) == 4) {
-      return run<FloatTile<kDim>, false>(0, kNoEnd);
+      return run<FloatTile<kDim>, Way>(0, kNoEnd);
     } else {
       using Narrow = TensorTile<T, kDim, 2, 1>;
       static_assert(Narrow::kRows == kNarrowRows);
       constexpr bool kHasOthers = kDim <= 128; // beyond, registers and shared memory allow no more rows
       const int64_t upto = kHasOthers ? kNarrowRows : kNoEnd;
       const char* copy = std::getenv("FASTDLLM_CUDA_COPY");
-      const bool bulk = copy && std::strcmp(copy, "bulk") == 0 && facts.major >= 9;
-      const char* error = bulk ? run<Narrow, true>(0, upto) : run<Narrow, false>(0, upto);
+      const bool bulk = copy && std::strcmp(copy, "bulk") == 0 && facts.major >= 9 && !p.k_scales;
+      const char* error = bulk ? run<Narrow, Bulk>(0, upto) : run<Narrow, Way>(0, upto);
       if constexpr (kHasOthers) {
         using Middle = TensorTile<T, kDim, 4, 1>;
         using Wide = TensorTile<T, kDim, 4, 2>;
         static_assert(Middle::kRows == kMiddleRows && Wide::kRows == kWideRows);
         if (!error)
-          error = run<Middle, false>(kNarrowRows, kMiddleRows);
+          error = run<Middle, Way>(kNarrowRows, kMiddleRows);
         if (!error)
-          error = run<Wide, false>(kMiddleRows, kNoEnd);
+          error = run<Wide, Way>(kMiddleRows, kNoEnd);
       }
       return error;
     }

@@ -30,6 +30,13 @@ template <> __device__ __forceinline__ uint32_t pack_two<Float16>(float low, flo
   return r;
 }
 
+// a b + c of two bfloat16 side by side, each rounded once; denormals stay.
+__device__ __forceinline__ uint32_t fma_two(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // Tensor cores. With g = lane / 4 and t = lane % 4, a register holds two elements:
 //   A [16][16]: a0 (g, 2t), a1 (g + 8, 2t), a2 (g, 2t + 8), a3 (g + 8, 2t + 8), and the next column each

@@ -12,8 +12,12 @@
 // rotated. Arithmetic in float32 without contraction, rounded once. Bytes: q, k and v read once and written
 // once.
 //
+// With scales, pages hold e4m3 numbers: of a rotated key or a value x, s = fp8_scale(max |x|) and to_fp8(x /
+// s). Then the items are those of q alone; in blocks of their own a warp takes a key or a value.
+//
 // A negative slot stores nothing. Slots are distinct; positions lie inside the table; head_dim is a multiple
 // of 8, page_size a power of two.
+#include "core/fp8.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 
@@ -21,18 +25,70 @@ namespace fastdllm::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kMostDims = 256;
 
 template <int kCount> __host__ __device__ __forceinline__ int items_per_head(const RopeWriteKvParams& p) {
   return static_cast<int>(p.head_dim - p.rotary_dim / 2) / kCount;
 }
 template <int kCount> __host__ __device__ __forceinline__ int items_per_token(const RopeWriteKvParams& p) {
-  return static_cast<int>(p.q_heads + 2 * p.kv_heads) * items_per_head<kCount>(p);
+  return static_cast<int>(p.q_heads + (p.k_scales ? 0 : 2 * p.kv_heads)) * items_per_head<kCount>(p);
+}
+// Blocks for a token's items.
+template <int kCount> __host__ __device__ __forceinline__ int item_blocks(const RopeWriteKvParams& p) {
+  return (items_per_token<kCount>(p) + kThreads - 1) / kThreads;
 }
 
-template <class T, int kCount>
+// A warp for a key, or for one of the values behind them; lane l has the elements l, l + 32, ...
+template <class T> __device__ void quantise(const RopeWriteKvParams& p, int64_t token, int vector) {
+  const int kv_heads = static_cast<int>(p.kv_heads), lane = threadIdx.x % kWarp;
+  const int64_t slot = p.slots[token];
+  if (vector >= 2 * kv_heads || slot < 0)
+    return;
+  const bool is_key = vector < kv_heads;
+  const int kv_head = is_key ? vector : vector - kv_heads, head_dim = static_cast<int>(p.head_dim);
+  const T* in = (is_key ? static_cast<const T*>(p.k) + token * p.k_stride
+                        : static_cast<const T*>(p.v) + token * p.v_stride) +
+                int64_t{kv_head} * head_dim;
+  const int half = is_key ? static_cast<int>(p.rotary_dim / 2) : 0;
+  const float* cos = p.cos + p.positions[token] * half;
+  const float* sin = p.sin + p.positions[token] * half;
+
+  float x[kMostDims / kWarp] = {};
+  uint32_t largest = 0; // by their bits magnitudes are ordered as integers, NaN above all
+  unroll<kMostDims / kWarp>([&](int i) {
+    const int d = lane + i * kWarp;
+    if (d >= head_dim)
+      return;
+    x[i] = to_float(in[d]);
+    if (d < half)
+      x[i] = x[i] * cos[d] - to_float(in[d + half]) * sin[d];
+    else if (d < 2 * half)
+      x[i] = x[i] * cos[d - half] + to_float(in[d - half]) * sin[d - half];
+    largest = Most{}(largest, __float_as_uint(x[i]) & 0x7fffffffu);
+  });
+  const float scale = fp8_scale(__uint_as_float(warp_reduce(largest, Most{})));
+
+  const int64_t page = slot >> (31 - __clz(static_cast<int>(p.page_size)));
+  const int64_t at = (page * kv_heads + kv_head) * p.page_size + slot % p.page_size;
+  uint8_t* out = static_cast<uint8_t*>(is_key ? p.k_pages : p.v_pages) + at * head_dim;
+  unroll<kMostDims / kWarp>([&](int i) {
+    if (lane + i * kWarp < head_dim)
+      out[lane + i * kWarp] = to_fp8(x[i] / scale);
+  });
+  if (lane == 0)
+    (is_key ? p.k_scales : p.v_scales)[at] = scale;
+}
+
+template <class T, int kCount, bool kFp8>
 __global__ void __launch_bounds__(kThreads) rotate_and_store(RopeWriteKvParams p) {
   using Unit = Pack<T, kCount>;
   using Angles = Pack<float, kCount>;
+  if constexpr (kFp8) {
+    const int block = static_cast<int>(blockIdx.y) - item_blocks<kCount>(p);
+    if (block >= 0)
+      return quantise<T>(p, blockIdx.x, block * kWarps + static_cast<int>(threadIdx.x / kWarp));
+  }
   const int item = static_cast<int>(blockIdx.y * kThreads + threadIdx.x);
   if (item >= items_per_token<kCount>(p))
     return;
@@ -83,8 +139,10 @@ __global__ void __launch_bounds__(kThreads) rotate_and_store(RopeWriteKvParams p
 }
 
 template <class T, int kCount> const char* launch_items(const RopeWriteKvParams& p, cudaStream_t stream) {
-  const dim3 grid(grid_size(p.tokens), grid_size((items_per_token<kCount>(p) + kThreads - 1) / kThreads));
-  return launch(rotate_and_store<T, kCount>, grid, kThreads, 0, stream, p);
+  const int64_t vector_blocks = p.k_scales ? (2 * p.kv_heads + kWarps - 1) / kWarps : 0;
+  const dim3 grid(grid_size(p.tokens), grid_size(item_blocks<kCount>(p) + vector_blocks));
+  const auto kernel = p.k_scales ? rotate_and_store<T, kCount, true> : rotate_and_store<T, kCount, false>;
+  return launch(kernel, grid, kThreads, 0, stream, p);
 }
 
 template <class T> bool in_vectors(const RopeWriteKvParams& p) {

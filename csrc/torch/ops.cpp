@@ -134,14 +134,32 @@ struct Checker {
     }
     return stride;
   }
-  // [pages, kv_heads, page_size, head_dim]
-  void pages(const Tensor& t, const char* name, int64_t kv_heads, int64_t head_dim) const {
+  // [pages, kv_heads, page_size, head_dim] in the dtype of the first argument, or in float8_e4m3fn, and then
+  // the scale of each vector.
+  void pages(const Tensor& t, const char* name, const std::optional<Tensor>& scales, const char* scales_name,
+             int64_t kv_heads, int64_t head_dim) const {
     shape(t, name, {kAny, kv_heads, kAny, head_dim});
     check(t.is_contiguous(), op, ": ", name, " is not contiguous");
     device(t, name);
-    same_dtype(t, name);
     const int64_t size = t.size(2);
     check(size == 16 || size == 32 || size == 64, op, ": page_size ", size, "; takes 16, 32 or 64");
+    if (t.scalar_type() == ScalarType::Float8_e4m3fn) {
+      check(scales.has_value(), op, ": ", name, " is float8_e4m3fn and ", scales_name, " is None; takes [",
+            t.size(0), ", ", t.size(1), ", ", size, "] float32");
+      return float32(*scales, scales_name, {t.size(0), t.size(1), size});
+    }
+    check(t.scalar_type() == on.scalar_type(), op, ": ", name,
+          " has another dtype than the first argument; takes that, or float8_e4m3fn with ", scales_name);
+    check(!scales.has_value(), op, ": ", scales_name, " is given and ", name,
+          " is not float8_e4m3fn; takes None");
+  }
+  // Keys and values alike.
+  void pages(const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_scales,
+             const std::optional<Tensor>& v_scales, int64_t kv_heads, int64_t head_dim) const {
+    pages(k, "k_pages", k_scales, "k_scales", kv_heads, head_dim);
+    pages(v, "v_pages", v_scales, "v_scales", k.size(1), head_dim);
+    shape(v, "v_pages", {k.size(0), k.size(1), k.size(2), head_dim});
+    check(v.scalar_type() == k.scalar_type(), op, ": v_pages has another dtype than k_pages; takes that");
   }
   void head_dim(int64_t head_dim) const {
     check(head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0, op, ": head_dim ", head_dim,
@@ -250,7 +268,8 @@ template <class T> T* mutable_data(const Tensor& t) { return static_cast<T*>(t.m
 // ---------------------------------------------------------------------------------------------------------
 
 Tensor rope_write_kv(const Tensor q, const Tensor k, const Tensor v, const Tensor cos, const Tensor sin,
-                     const Tensor positions, const Tensor slots, Tensor k_pages, Tensor v_pages) {
+                     const Tensor positions, const Tensor slots, Tensor k_pages, Tensor v_pages,
+                     std::optional<Tensor> k_scales, std::optional<Tensor> v_scales) {
   const char* op = "rope_write_kv";
   const Checker is{op, q};
   const Dtype dtype = is.dtype(q, "q");
@@ -265,9 +284,7 @@ Tensor rope_write_kv(const Tensor q, const Tensor k, const Tensor v, const Tenso
   is.float32(sin, "sin", {cos.size(0), cos.size(1)});
   is.int64(positions, "positions", {tokens});
   is.int64(slots, "slots", {tokens});
-  is.pages(k_pages, "k_pages", k.size(1), head_dim);
-  is.pages(v_pages, "v_pages", k.size(1), head_dim);
-  is.shape(v_pages, "v_pages", {k_pages.size(0), k.size(1), k_pages.size(2), head_dim});
+  is.pages(k_pages, v_pages, k_scales, v_scales, k.size(1), head_dim);
 
   const int64_t q_stride = is.token_stride(q, "q"), k_stride = is.token_stride(k, "k"),
                 v_stride = is.token_stride(v, "v");
@@ -282,6 +299,8 @@ Tensor rope_write_kv(const Tensor q, const Tensor k, const Tensor v, const Tenso
                                            .q_out = out.mutable_data_ptr(),
                                            .k_pages = k_pages.mutable_data_ptr(),
                                            .v_pages = v_pages.mutable_data_ptr(),
+                                           .k_scales = k_scales ? mutable_data<float>(*k_scales) : nullptr,
+                                           .v_scales = v_scales ? mutable_data<float>(*v_scales) : nullptr,
                                            .tokens = tokens,
                                            .q_heads = q.size(1),
                                            .kv_heads = k.size(1),
@@ -313,7 +332,8 @@ Tensor rope_write_kv(const Tensor q, const Tensor k, const Tensor v, const Tenso
 }
 
 Tensor paged_attention(const Tensor q, const Tensor k_pages, const Tensor v_pages, const Tensor block_table,
-                       const Tensor kv_lens, const Tensor cu_seqlens_q, int64_t max_seqlen_q, double scale) {
+                       const Tensor kv_lens, const Tensor cu_seqlens_q, int64_t max_seqlen_q, double scale,
+                       const std::optional<Tensor> k_scales, const std::optional<Tensor> v_scales) {
   const char* op = "paged_attention";
   const Checker is{op, q};
   const Dtype dtype = is.dtype(q, "q");
@@ -321,10 +341,8 @@ Tensor paged_attention(const Tensor q, const Tensor k_pages, const Tensor v_page
   check(q.is_contiguous(), op, ": q is not contiguous");
   const int64_t q_heads = q.size(1), head_dim = q.size(2);
   is.head_dim(head_dim);
-  is.pages(k_pages, "k_pages", kAny, head_dim);
+  is.pages(k_pages, v_pages, k_scales, v_scales, kAny, head_dim);
   const int64_t kv_heads = k_pages.size(1), page_size = k_pages.size(2);
-  is.pages(v_pages, "v_pages", kv_heads, head_dim);
-  is.shape(v_pages, "v_pages", {k_pages.size(0), kv_heads, page_size, head_dim});
   check(kv_heads > 0 && q_heads % kv_heads == 0, op, ": q has ", q_heads, " heads; takes a multiple of the ",
         kv_heads, " heads of k_pages");
   is.int32(block_table, "block_table", {kAny, kAny});
@@ -336,6 +354,8 @@ Tensor paged_attention(const Tensor q, const Tensor k_pages, const Tensor v_page
   fastdllm::PagedAttentionParams params{.q = q.const_data_ptr(),
                                         .k_pages = k_pages.const_data_ptr(),
                                         .v_pages = v_pages.const_data_ptr(),
+                                        .k_scales = k_scales ? data<float>(*k_scales) : nullptr,
+                                        .v_scales = v_scales ? data<float>(*v_scales) : nullptr,
                                         .block_table = data<int32_t>(block_table),
                                         .kv_lens = data<int32_t>(kv_lens),
                                         .cu_seqlens_q = data<int32_t>(cu_seqlens_q),
@@ -668,9 +688,12 @@ void copy_pages(Tensor pages, const Tensor src, const Tensor dst) {
 
 FASTDLLM_TORCH_LIBRARY(FASTDLLM_LIBRARY, m) {
   m.def("rope_write_kv(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, Tensor slots, "
-        "Tensor(a!) k_pages, Tensor(b!) v_pages) -> Tensor");
-  m.def("paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor kv_lens, "
-        "Tensor cu_seqlens_q, int max_seqlen_q, float scale) -> Tensor");
+        "Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> "
+        "Tensor");
+  m.def(
+      "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor kv_lens, "
+      "Tensor cu_seqlens_q, int max_seqlen_q, float scale, Tensor? k_scales=None, Tensor? v_scales=None) -> "
+      "Tensor");
   m.def("unmask(Tensor logits, Tensor cu_rows, Tensor positions, Tensor(a!) tokens, Tensor(b!) step_map, "
         "Tensor(c!) confidence, Tensor(d!) rows, Tensor knobs, Tensor quotas, Tensor eos_ids, int mask_id, "
         "bool filtered=False) -> ()");

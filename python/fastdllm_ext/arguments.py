@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdllm_ext.cache import PagedKVCache
+from fastdllm_ext.cache import FP8, PagedKVCache
 from fastdllm_ext.decoding import GenerationConfig, Streamer
-from fastdllm_ext.forward import place_of_keys
+from fastdllm_ext.forward import dtype_of, place_of_keys
 from fastdllm_ext.patching.family import Family, Geometry, Parts
-from fastdllm_ext.patching.registry import patched_family
+from fastdllm_ext.patching.registry import Options, patched_family
 
 
 def check_model(model: nn.Module) -> None:
@@ -191,20 +191,24 @@ def row_seeds(config: GenerationConfig, rows: int) -> list[tuple[int, int]]:
 
 
 def open_cache(
-    cache: PagedKVCache | None, geometry: Geometry, lengths: Sequence[int], parts: Parts
+    cache: PagedKVCache | None, geometry: Geometry, lengths: Sequence[int], parts: Parts, options: Options
 ) -> PagedKVCache:
-    """The cache that was given, if it fits the model; else one of as many pages as the rows need."""
+    """The cache that was given, if it fits the model; else one of as many pages as the rows need.
+
+    One that was given holds the model's own dtype or fp8, whatever the options ask for.
+    """
     shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
-    dtype, devices = place_of_keys(parts)
+    dtype, devices = place_of_keys(parts, options)
     if cache is None:
         pages = PagedKVCache.pages_for(lengths)
         return PagedKVCache(*shape, num_pages=pages, dtype=dtype, device=devices)
     if not isinstance(cache, PagedKVCache):
         raise TypeError(f"kv_cache={type(cache).__name__}; takes a fastdllm_ext.PagedKVCache")
-    if (cache.geometry, cache.dtype, cache.devices) != (shape, dtype, devices):
+    dtypes = (dtype_of(parts), FP8)
+    if (cache.geometry, cache.devices) != (shape, devices) or cache.dtype not in dtypes:
         raise ValueError(
             f"kv_cache holds (layers, kv heads, head_dim) {cache.geometry} in {cache.dtype} on "
-            f"{_names(cache.devices)}; takes {shape} in {dtype} on {_names(devices)}"
+            f"{_names(cache.devices)}; takes {shape} in {dtypes[0]} or {FP8} on {_names(devices)}"
         )
     return cache
 

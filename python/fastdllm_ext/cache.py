@@ -16,6 +16,7 @@ __all__ = ["CacheStats", "OutOfPages", "PagePool", "PagedKVCache"]
 
 PAGE_SIZES = (16, 32, 64)
 PAGE_SIZE = 32  # where nothing is said
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class PagedKVCache:
         num_layers, num_kv_heads, head_dim: of the model.
         num_pages: pages in the pool; see :meth:`pages_for`.
         page_size: positions a page holds: 16, 32 or 64.
-        dtype: of keys and values.
+        dtype: of keys and values; torch.float8_e4m3fn keeps a scale of each head's vector beside them.
         device: of keys and values; or one for each layer.
 
     Attributes:
         storage: [layers, 2, num_pages, num_kv_heads, page_size, head_dim] of each device's layers; keys at
             0, values at 1.
+        scale_storage: [layers, 2, num_pages, num_kv_heads, page_size] float32 likewise where the dtype is
+            float8_e4m3fn; else empty.
         geometry: (num_layers, num_kv_heads, head_dim).
         dtype, devices: of keys and values, the latter of each layer.
 
@@ -71,13 +74,19 @@ class PagedKVCache:
         self.dtype = dtype
         self.pool = PagePool(num_pages)
         self.storage: list[Tensor] = []
+        self.scale_storage: list[Tensor] = []
         self._layers: list[Tensor] = [torch.empty(0)] * num_layers  # [2, pages, heads, page size, head_dim]
+        self._scales: list[Tensor | tuple[None, None]] = [(None, None)] * num_layers
         for place in dict.fromkeys(map(torch.device, devices)):
             here = [i for i, other in enumerate(devices) if torch.device(other) == place]
-            shape = (len(here), 2, num_pages, num_kv_heads, page_size, head_dim)
-            self.storage.append(on_huge_pages(torch.empty(shape, dtype=dtype, device=place)))
+            shape = (len(here), 2, num_pages, num_kv_heads, page_size)
+            self.storage.append(on_huge_pages(torch.empty((*shape, head_dim), dtype=dtype, device=place)))
             for i, pages in zip(here, self.storage[-1], strict=True):
                 self._layers[i] = pages
+            if dtype == FP8:
+                self.scale_storage.append(on_huge_pages(torch.empty(shape, device=place)))
+                for i, scales in zip(here, self.scale_storage[-1], strict=True):
+                    self._scales[i] = scales
         self.devices = [pages.device for pages in self._layers]
         self._pages: dict[int, list[int]] = {}
         self._next = 0
@@ -86,6 +95,14 @@ class PagedKVCache:
     def pages_for(lengths: Sequence[int], page_size: int = PAGE_SIZE) -> int:
         """Pages that sequences of these lengths need together."""
         return sum(-(-length // page_size) for length in lengths)
+
+    @staticmethod
+    def page_bytes(
+        num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, page_size: int = PAGE_SIZE
+    ) -> int:
+        """Bytes of a page in all layers: keys, values and their scales."""
+        vector = head_dim * dtype.itemsize + (torch.float32.itemsize if dtype == FP8 else 0)
+        return 2 * num_layers * num_kv_heads * page_size * vector
 
     @property
     def stats(self) -> CacheStats:
@@ -96,6 +113,10 @@ class PagedKVCache:
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Key pages and value pages of a layer, each [num_pages, num_kv_heads, page_size, head_dim]."""
         return self._layers[index][0], self._layers[index][1]
+
+    def scales(self, index: int) -> tuple[Tensor | None, Tensor | None]:
+        """Scales of a layer's keys and values, [num_pages, num_kv_heads, page_size] each; None without."""
+        return self._scales[index][0], self._scales[index][1]
 
     def add(self, lengths: Sequence[int]) -> list[int]:
         """One new sequence for each length, all or none.
@@ -137,7 +158,7 @@ class PagedKVCache:
                 moved.append((pages[i], own))
                 pages[i] = own
         if moved:
-            for storage in self.storage:
+            for storage in (*self.storage, *self.scale_storage):
                 source, destination = torch.tensor(moved, device=storage.device).T.contiguous()
                 ops.copy_pages(storage.flatten(0, 1), source, destination)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastdllm_ext import ops
 from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.decoding import REMASKING, GenerationConfig, Timings
-from fastdllm_ext.forward import Attention, Layout, Runs
+from fastdllm_ext.forward import Attention, Layout, Runs, dtype_of
 from fastdllm_ext.ops import Knob, Row, Rule
 from fastdllm_ext.patching.family import Family, Geometry
 from fastdllm_ext.patching.registry import patched_family, patched_options
@@ -202,7 +202,7 @@ class Decoder:
         self.runtime = make_runtime(patched_options(model), self.family, self.parts)
         self.seeds = seeds
         lengths = [len(row) for row in rows]
-        self.attention = Attention(self.geometry, cache, max(lengths))
+        self.attention = Attention(self.geometry, cache, max(lengths), dtype_of(self.parts))
         device = rows[0].device
         self.graphs = None if self.wants_all else graphs_of(model, self.runtime, device)
         self.timings = Clock(device)

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdllm_ext import ops
-from fastdllm_ext.cache import PagedKVCache
+from fastdllm_ext.cache import FP8, PagedKVCache
 from fastdllm_ext.patching.family import Geometry, Parts
+from fastdllm_ext.patching.registry import Options
 from fastdllm_ext.rope import rope_table, table_length
 
 
@@ -102,6 +103,7 @@ class Attention:
         geometry: of the model.
         cache: the pages.
         length: positions of the longest row.
+        dtype: of the activations.
 
     Attributes:
         tables: cosines and sines on each device.
@@ -110,10 +112,10 @@ class Attention:
 
     layout: Layout
 
-    def __init__(self, geometry: Geometry, cache: PagedKVCache, length: int) -> None:
+    def __init__(self, geometry: Geometry, cache: PagedKVCache, length: int, dtype: torch.dtype) -> None:
         self.head_dim = geometry.head_dim
         self.cache = cache
-        rounded = cache.dtype if geometry.rounded_rope else torch.float32
+        rounded = dtype if geometry.rounded_rope else torch.float32
         self.tables = {
             device: rope_table(table_length(length), geometry.head_dim, geometry.rope_theta, device, rounded)
             for device in set(cache.devices)
@@ -132,9 +134,8 @@ class Attention:
         device = self.cache.devices[layer]
         at, (cos, sin) = self._layouts[device], self.tables[device]
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        return ops.rope_write_kv(
-            q, k, v, cos, sin, at.positions[rows], at.slots[rows], *self.cache.layer(layer)
-        )
+        pages, scales = self.cache.layer(layer), self.cache.scales(layer)
+        return ops.rope_write_kv(q, k, v, cos, sin, at.positions[rows], at.slots[rows], *pages, *scales)
 
     def read(self, layer: int, q: Tensor, wanted: bool = False) -> Tensor:
         """What all queries, or those that are wanted, find. q as :meth:`write` returned it.
@@ -143,26 +144,44 @@ class Attention:
         """
         at = self._layouts[self.cache.devices[layer]]
         runs = at.outputs if wanted else at.queries
-        pages, scale = self.cache.layer(layer), self.head_dim**-0.5
+        pages, scales, scale = self.cache.layer(layer), self.cache.scales(layer), self.head_dim**-0.5
         if at.is_fresh and q.is_cuda:
-            return library_attention(q, *pages, at.block_table, at.queries, runs, scale).flatten(-2)
-        out = ops.paged_attention(q, *pages, at.block_table, at.kv_lens, runs.cu, runs.longest, scale)
+            return library_attention(q, *pages, at.block_table, at.queries, runs, scale, *scales).flatten(-2)
+        out = ops.paged_attention(
+            q, *pages, at.block_table, at.kv_lens, runs.cu, runs.longest, scale, *scales
+        )
         return out.flatten(-2)
 
 
 def library_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, keys: Runs, queries: Runs, scale: float
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    keys: Runs,
+    queries: Runs,
+    scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Attention of sequences from their first key on, one after the other, by torch's fastest kernel.
 
-    As ``ops.paged_attention``; where a sequence has many queries, arithmetic bounds it, not bytes.
+    As ``ops.paged_attention``, but that what fp8 stands for is rounded to q's dtype. Where a sequence has
+    many queries, arithmetic bounds it, not bytes.
     """
+
+    def numbers(x: Tensor, scales: Tensor | None, pages: Tensor) -> Tensor:
+        if scales is None:
+            return x[pages]
+        return (x.view(torch.uint8)[pages].view(x.dtype).float() * scales[pages, :, :, None]).to(q.dtype)
+
+    stored = ((k_pages, k_scales), (v_pages, v_scales))
     out = torch.empty_like(q)
     for b, ((begin, end), (first, last)) in enumerate(
         zip(pairwise(queries.offsets), pairwise(keys.offsets), strict=True)
     ):
         pages = block_table[b, : -(-(last - first) // k_pages.shape[2])]
-        k, v = (x[pages].transpose(0, 1).flatten(1, 2)[None, :, : last - first] for x in (k_pages, v_pages))
+        k, v = (numbers(*x, pages).transpose(0, 1).flatten(1, 2)[None, :, : last - first] for x in stored)
         found = F.scaled_dot_product_attention(
             q[None, begin:end].transpose(1, 2), k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -182,9 +201,14 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def place_of_keys(parts: Parts) -> tuple[torch.dtype, list[torch.device]]:
-    """The dtype of keys and values, which is the activations', and their device in each layer."""
-    dtype = next(parts.norm.parameters()).dtype  # norms are never quantised
+def dtype_of(parts: Parts) -> torch.dtype:
+    """The activations' dtype."""
+    return next(parts.norm.parameters()).dtype  # norms are never quantised
+
+
+def place_of_keys(parts: Parts, options: Options) -> tuple[torch.dtype, list[torch.device]]:
+    """The dtype of keys and values, the activations' where a patch asks for no other, and their devices."""
+    dtype = FP8 if options.kv_cache_dtype == "fp8" else dtype_of(parts)
     return dtype, [device_of(layer.q) for layer in parts.layers]
 
 

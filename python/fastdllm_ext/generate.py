@@ -30,7 +30,7 @@ from fastdllm_ext.decoding import (
     takes_config_fields,
 )
 from fastdllm_ext.forward import device_of, evaluating
-from fastdllm_ext.patching.registry import patched_family, unwrapped
+from fastdllm_ext.patching.registry import patched_family, patched_options, unwrapped
 
 __all__ = ["generate"]
 
@@ -88,7 +88,8 @@ def generate(
             checkpoint's generation_config.json says (:func:`defaults_of`).
         streamer: HuggingFace's streamer protocol (one row: finished tokens from left to right), or an
             object with ``on_commit(commit)``, which sees every commit of every row.
-        kv_cache: pages to use; by default as many as the rows need, for this call.
+        kv_cache: pages to use, in the model's dtype or torch.float8_e4m3fn; by default as many as the rows
+            need, for this call, in what :func:`fastdllm_ext.patch` was told.
         return_dict_in_generate: False returns ``sequences`` alone.
         **arguments: the fields of :class:`GenerationConfig`: ``gen_length``, ``block_length``,
             ``steps``, ``threshold``, ``factor``, ``temperature``, ``cache``, ``stop_on_eos``, ``seed``, ...
@@ -142,7 +143,7 @@ def run(
     if not geometry.eos_ids:
         config = replace(config, stop_on_eos=False)
     lengths = [len(row) for row in rows] * (2 if config.cfg_scale else 1)
-    kv_cache = open_cache(kv_cache, geometry, lengths, parts)
+    kv_cache = open_cache(kv_cache, geometry, lengths, parts, patched_options(model))
 
     decoder = decoder_class(model, geometry, config, kv_cache, rows, row_seeds(config, len(rows)))
     try:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from fastdllm_ext.arguments import check_model, read_prompts, row_seeds
 from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.decoding import GenerationConfig, check_count
-from fastdllm_ext.forward import Attention, device_of, evaluating, place_of_keys, whole_rows
+from fastdllm_ext.forward import Attention, device_of, dtype_of, evaluating, place_of_keys, whole_rows
 from fastdllm_ext.patching.family import Family, Geometry, Parts
-from fastdllm_ext.patching.registry import patched_family, patched_options, unwrapped
+from fastdllm_ext.patching.registry import Options, patched_family, patched_options, unwrapped
 from fastdllm_ext.runtime import Runtime, make_runtime
 
 __all__ = ["loglikelihood"]
@@ -75,13 +75,13 @@ def loglikelihood(
 
     longest = max(len(pair.tokens) for pair in pairs)
     at_once = min(batch_size, samples * len(pairs)) * (2 if cfg_scale else 1)
-    attention = Attention(
-        geometry, _Scratch(geometry, parts, PagedKVCache.pages_for([longest] * at_once)), longest
-    )
+    options = patched_options(model)
+    pages = _Scratch(geometry, parts, options, PagedKVCache.pages_for([longest] * at_once))
+    attention = Attention(geometry, pages, longest, dtype_of(parts))
     totals = torch.zeros(len(pairs), dtype=torch.float64, device=device)
     rows = _rows(pairs, seeds, samples, batch_size)
     with evaluating(model):
-        runtime = make_runtime(patched_options(model), family, parts)
+        runtime = make_runtime(options, family, parts)
         while batch := list(itertools.islice(rows, batch_size)):
             _add_up(totals, batch, pairs, family, geometry, runtime, attention, cfg_scale)
     wrong = (~totals.isfinite()).nonzero()[:, 0].tolist()
@@ -130,8 +130,8 @@ class _Scratch(PagedKVCache):
     its memory.
     """
 
-    def __init__(self, geometry: Geometry, parts: Parts, num_pages: int) -> None:
-        dtype, devices = place_of_keys(parts)
+    def __init__(self, geometry: Geometry, parts: Parts, options: Options, num_pages: int) -> None:
+        dtype, devices = place_of_keys(parts, options)
         places = list(dict.fromkeys(devices))
         super().__init__(
             len(places),
@@ -147,6 +147,10 @@ class _Scratch(PagedKVCache):
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """The pages of the layer's device."""
         return super().layer(self._place[index])
+
+    def scales(self, index: int) -> tuple[Tensor | None, Tensor | None]:
+        """Those of the layer's device."""
+        return super().scales(self._place[index])
 
 
 def _rows(

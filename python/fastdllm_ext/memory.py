@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from fastdllm_ext.cache import PAGE_SIZE, PagedKVCache
+from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.decoding import GenerationConfig
+from fastdllm_ext.forward import place_of_keys
 from fastdllm_ext.ops import Knob, Row
 from fastdllm_ext.patching.registry import patched_family, patched_options, unwrapped
 from fastdllm_ext.rope import table_length
@@ -35,7 +36,8 @@ def memory_needed(
         config: of which ``gen_length``, ``block_length``, ``cfg_scale`` and ``infill`` count.
 
     Returns:
-        ``pages``: keys and values. A ``kv_cache`` that is given to ``generate`` takes their place.
+        ``pages``: keys and values, in the dtype that :func:`patch` was told. A ``kv_cache`` that is given to
+            ``generate`` takes their place.
         ``activations``: of the largest forward, that in which every row is computed from end to end.
         ``logits``: of all masks of one block of each row, with what is left of that forward.
         ``state``: tokens and what is known of them, and the table of rotary angles, which is kept.
@@ -52,9 +54,10 @@ def memory_needed(
     masks = sum(blocks)
     pages = PagedKVCache.pages_for(list(lengths) * twins)
 
-    widths = Widths.of(parts)
-    runtime = choose_runtime(patched_options(model), family, parts)
-    page = 2 * geometry.num_layers * geometry.num_kv_heads * PAGE_SIZE * geometry.head_dim * widths.size
+    widths, options = Widths.of(parts), patched_options(model)
+    runtime = choose_runtime(options, family, parts)
+    dtype, _ = place_of_keys(parts, options)
+    page = PagedKVCache.page_bytes(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, dtype)
     logits = masks * (twins * (2 * widths.hidden + geometry.vocab_size) * widths.size + _CANDIDATE)
     found = {
         "pages": pages * page,

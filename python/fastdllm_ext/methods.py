@@ -37,6 +37,16 @@ def patch(
             or quantisation; else modules; what it is is looked at anew in each generation. Both runtimes give
             the same tokens but where two choices lie closer than the rounding of sums in another order:
             rarely in float32, more often in bfloat16.
+        kv_cache_dtype: what generations and likelihoods keep keys and values in. ``auto``: the model's dtype.
+            ``fp8``: 8 bits a number (e4m3) and a float32 scale for each head's key and value, with head_dim
+            128 together 52 % of bfloat16's memory; so much less is read by the attention of a block step,
+            too. It gains where keys and values are many beside the weights: large batches, long rows, models
+            without grouped queries. It does not where a step's bytes are mostly weights, nor in refreshes,
+            whose attention is bound by arithmetic. It costs accuracy: each number is off by up to 1/16 of
+            itself, or more below 1/28,000 of the largest in its vector. Keys with channels far larger than
+            the others, as the biases of Qwen2.5's keys make them, and so Dream's, lose most, for all share
+            one scale: measure your own model with and without. A generation's ``kv_cache`` counts before
+            this.
 
     Returns:
         The same model. LLaDA has a method ``generate`` with :func:`generate`'s arguments, Dream

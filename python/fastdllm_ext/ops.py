@@ -106,6 +106,8 @@ def rope_write_kv(
     slots: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Rotates q and k (half-split RoPE) and stores rotated k, and v, into pages, in place.
 
@@ -114,18 +116,25 @@ def rope_write_kv(
     and their sum. In float32 that is the same, bit for bit. In bfloat16 this operation leaves the products
     as they are, and lies within 3 · 2⁻⁸ (|a cos| + |b sin|) of Dream's modules.
 
+    Pages of float8_e4m3fn hold each head's vector x as x / s, s = max |x| / 448 being its scale (1 where that
+    is 0): x in float32, after RoPE and not rounded to its dtype, the quotient rounded to the nearest number
+    of e4m3, ties to the even one. A vector with NaN or infinity has the scale NaN, and may have any numbers.
+    All else has the same bits on every device.
+
     Args:
         q: [T, q_heads, head_dim] float32, bfloat16 (float16 on CUDA); tokens may be strided.
         k, v: [T, kv_heads, head_dim], the same dtype.
         cos, sin: [positions, rotary_dim / 2] float32; dimensions past ``rotary_dim`` are not rotated.
         positions: [T] int64, row of the table for each token.
         slots: [T] int64, ``page * page_size + offset``; negative stores nothing.
-        k_pages, v_pages: [pages, kv_heads, page_size, head_dim]; page_size 16, 32 or 64.
+        k_pages, v_pages: [pages, kv_heads, page_size, head_dim]; page_size 16, 32 or 64; q's dtype or
+            float8_e4m3fn.
+        k_scales, v_scales: [pages, kv_heads, page_size] float32 where the pages are float8_e4m3fn, else None.
 
     Returns:
         Rotated q, [T, q_heads, head_dim] contiguous.
     """
-    return _ops.rope_write_kv(q, k, v, cos, sin, positions, slots, k_pages, v_pages)
+    return _ops.rope_write_kv(q, k, v, cos, sin, positions, slots, k_pages, v_pages, k_scales, v_scales)
 
 
 def paged_attention(
@@ -137,23 +146,34 @@ def paged_attention(
     cu_seqlens_q: Tensor,
     max_seqlen_q: int,
     scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Bidirectional attention softmax(scale q Kᵀ) V of ragged queries over paged keys and values.
 
+    Of pages of float8_e4m3fn, keys and values are the numbers times the scale of their vector. In arithmetic
+    the scales stay apart: the numbers, exact in every dtype, are multiplied as q's dtype, scores in float32
+    with the scales of keys, weights with those of values. A NaN of e4m3 itself is read as 480; what is bad
+    has a NaN as its scale (:func:`rope_write_kv`).
+
     Args:
         q: [T, q_heads, head_dim] contiguous; head_dim a multiple of 8 up to 256.
-        k_pages, v_pages: [pages, kv_heads, page_size, head_dim]; kv_heads divides q_heads (GQA).
+        k_pages, v_pages: [pages, kv_heads, page_size, head_dim]; kv_heads divides q_heads (GQA); q's dtype or
+            float8_e4m3fn.
         block_table: [B, max_blocks] int32, the pages of each sequence in order.
         kv_lens: [B] int32, keys of each sequence. What lies behind them in the last page is not read.
         cu_seqlens_q: [B + 1] int32; queries of sequence b are ``q[cu[b]:cu[b + 1]]``.
         max_seqlen_q: at least the longest query run.
         scale: usually ``head_dim ** -0.5``.
+        k_scales, v_scales: [pages, kv_heads, page_size] float32 where the pages are float8_e4m3fn, else None.
 
     Returns:
         [T, q_heads, head_dim]; zeros for a sequence without keys. The bits of a sequence do not
         depend on the others.
     """
-    return _ops.paged_attention(q, k_pages, v_pages, block_table, kv_lens, cu_seqlens_q, max_seqlen_q, scale)
+    return _ops.paged_attention(
+        q, k_pages, v_pages, block_table, kv_lens, cu_seqlens_q, max_seqlen_q, scale, k_scales, v_scales
+    )
 
 
 def unmask(
@@ -261,9 +281,9 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
     A value is x / scale, divided in float32 and rounded to the nearest, ties to even: value · scale lies
     within 2⁻⁴ |x| of x, or within 2⁻¹⁰ scale where that is more, unless all of the row is below 6e-36. A row
-    of zeros has the scale 1, as has one below 3e-43, which becomes zeros. A NaN or an infinity in a row is
-    its scale, and makes every product with the row NaN. The bits are the same on every device, and those of
-    a row depend on nothing else.
+    of zeros has the scale 1, as has one below 3e-43, which becomes zeros. A NaN or an infinity in a row makes
+    its scale and its values NaN, and so every product with the row. The bits are the same on every device,
+    and those of a row depend on nothing else.
 
     Two matrices are multiplied by ``torch._scaled_mm(values, w_values.t(), scale_a=scales,
     scale_b=w_scales.t(), out_dtype=torch.bfloat16)``.
@@ -333,12 +353,16 @@ def copy_pages(pages: Tensor, src: Tensor, dst: Tensor) -> None:
 
 
 @torch.library.register_fake("fastdllm_ext::rope_write_kv")
-def _(q, k, v, cos, sin, positions, slots, k_pages, v_pages):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    q, k, v, cos, sin, positions, slots, k_pages, v_pages, k_scales=None, v_scales=None
+):
     return q.new_empty(q.shape)
 
 
 @torch.library.register_fake("fastdllm_ext::paged_attention")
-def _(q, k_pages, v_pages, block_table, kv_lens, cu_seqlens_q, max_seqlen_q, scale):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    q, k_pages, v_pages, block_table, kv_lens, cu_seqlens_q, max_seqlen_q, scale, k_scales=None, v_scales=None
+):
     return q.new_empty(q.shape)
 
 

@@ -26,6 +26,8 @@ def rope_write_kv(
     slots: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     *,
     compute: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -36,13 +38,18 @@ def rope_write_kv(
     def rotate(x: Tensor) -> Tensor:
         y = x.to(compute)
         a, b, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
-        return torch.cat((a * c - b * s, b * c + a * s, rest), dim=-1).to(x.dtype)
+        return torch.cat((a * c - b * s, b * c + a * s, rest), dim=-1)
 
     kept = slots >= 0
     page, offset = slots[kept] // k_pages.shape[2], slots[kept] % k_pages.shape[2]
-    k_pages[page, :, offset] = rotate(k)[kept]
-    v_pages[page, :, offset] = v[kept]
-    return rotate(q)
+    for x, pages, scales in ((rotate(k), k_pages, k_scales), (v, v_pages, v_scales)):
+        if scales is None:
+            pages[page, :, offset] = x[kept].to(pages.dtype)
+        else:
+            numbers, scale = quantize_fp8(x[kept])
+            pages.view(torch.uint8)[page, :, offset] = numbers.view(torch.uint8)
+            scales[page, :, offset] = scale[..., 0]
+    return rotate(q).to(q.dtype)
 
 
 def paged_attention(
@@ -54,10 +61,15 @@ def paged_attention(
     cu_seqlens_q: Tensor,
     max_seqlen_q: int,
     scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     *,
     compute: torch.dtype = torch.float32,
 ) -> Tensor:
     """softmax(scale q Kᵀ) V of every query over its sequence's pages. See ``ops.paged_attention``."""
+    if k_scales is not None and v_scales is not None:
+        k_pages = k_pages.to(compute) * k_scales[..., None]
+        v_pages = v_pages.to(compute) * v_scales[..., None]
     out = torch.zeros_like(q)
     group = q.shape[1] // k_pages.shape[1]
     for b in range(len(kv_lens)):
@@ -253,10 +265,10 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x / scales as float8_e4m3fn, scales = max |x| / 448 of each row. See ``ops.quantize_fp8``."""
-    y = x.float()
-    scales = y.abs().amax(-1, keepdim=True) / 448
-    scales[scales == 0] = 1
-    return (y / scales).clamp(-448, 448).to(torch.float8_e4m3fn), scales
+    x = x.float()
+    scales = x.abs().amax(-1, keepdim=True) / 448
+    scales = scales.where(scales != 0, 1.0).masked_fill(~scales.isfinite(), torch.nan)
+    return (x / scales).clamp(-448, 448).to(torch.float8_e4m3fn), scales  # torch makes NaN of what is larger
 
 
 def linear(

@@ -180,8 +180,8 @@ class BlockStep:
 
 def addresses(runtime: Fused, attention: Attention) -> tuple[int, ...]:
     """Where everything lies that a captured step reads or writes beside its own tensors."""
-    tables = [table for pair in attention.tables.values() for table in pair]
-    return (*runtime.addresses, *(x.data_ptr() for x in (*tables, *attention.cache.storage)))
+    tables, cache = [table for pair in attention.tables.values() for table in pair], attention.cache
+    return (*runtime.addresses, *(x.data_ptr() for x in (*tables, *cache.storage, *cache.scale_storage)))
 
 
 _GRAPHS: WeakKeyDictionary[nn.Module, StepGraphs[BlockStep]] = WeakKeyDictionary()

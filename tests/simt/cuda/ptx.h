@@ -16,6 +16,19 @@ template <class T> inline uint32_t pack_two(float low, float high) {
   return uint32_t{from_float<T>(high).bits} << 16 | from_float<T>(low).bits;
 }
 
+template <class T> inline float element(uint32_t word, int i) {
+  return to_float(T{static_cast<uint16_t>(i ? word >> 16 : word & 0xffff)});
+}
+
+// A product of two has 16 bits, and a double takes up a sum with a third unless they lie 2^37 apart.
+inline uint32_t fma_two(uint32_t a, uint32_t b, uint32_t c) {
+  const auto one = [&](int i) {
+    const double product = double{element<BFloat16>(a, i)} * element<BFloat16>(b, i);
+    return static_cast<float>(product + element<BFloat16>(c, i));
+  };
+  return pack_two<BFloat16>(one(0), one(1));
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // Tensor cores
 // ---------------------------------------------------------------------------------------------------------
@@ -24,10 +37,6 @@ struct MmaLane {
   float d[4];
   uint32_t a[4], b[2];
 };
-
-template <class T> inline float element(uint32_t word, int i) {
-  return to_float(T{static_cast<uint16_t>(i ? word >> 16 : word & 0xffff)});
-}
 
 template <class T> inline void mma_warp(simt::LaneData* lanes) {
   float a[16][16], b[16][8];
