@@ -20,7 +20,8 @@ template <class T> inline float element(uint32_t word, int i) {
   return to_float(T{static_cast<uint16_t>(i ? word >> 16 : word & 0xffff)});
 }
 
-// A product of two has 16 bits, and a double takes up a sum with a third unless they lie 2^37 apart.
+// By way of double and float: a device rounds once, which differs where float ends in the middle of two
+// bfloat16, and so never for a product with a power of two.
 inline uint32_t fma_two(uint32_t a, uint32_t b, uint32_t c) {
   const auto one = [&](int i) {
     const double product = double{element<BFloat16>(a, i)} * element<BFloat16>(b, i);
