@@ -40,7 +40,10 @@ from common import (
 from fastdllm_ext.demo_tasks import Problem, held_out
 
 TOKENS_PER_STEP, GEN_LENGTH = 4, 128
-RULES: dict[str, dict[str, Any]] = {"threshold 0.9": {"threshold": 0.9}, "one a step": {"steps": GEN_LENGTH}}
+RULES: dict[str, dict[str, Any]] = {
+    "threshold 0.9": {"threshold": 0.9},
+    "quota, 4 a step": {"steps": GEN_LENGTH // 4},
+}
 BATCH = 25
 
 Options = dict[str, Any]
@@ -129,7 +132,7 @@ def measure_accuracy(dtype: str, prompts: int, args: Any) -> Iterator[dict[str, 
 def main() -> None:
     """The command line."""
     parser = parser_for(__doc__, repeats=3)
-    parser.add_argument("--calls", type=int, default=3, help="generations of an option before the next one")
+    parser.add_argument("--calls", type=int, default=2, help="generations of an option before the next one")
     parser.add_argument("--prompts", type=int, default=300, help="of the demo model")
     parser.add_argument("--seed", type=int, default=0, help="of the demo model's prompts")
     args = parser.parse_args()
@@ -149,7 +152,7 @@ def main() -> None:
                   f"{100 * row['rows_equal']:.1f}% rows equal")  # fmt: skip
     torch.manual_seed(0)
     for dtype in dtypes:
-        for prompt in (128,) if args.quick else (512, 3968):
+        for prompt in (128,) if args.quick else (512, 1920):
             if results.is_late:
                 results.miss(f"speed, {dtype}, prompt {prompt}", "the time was up")
                 continue

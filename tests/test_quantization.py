@@ -147,6 +147,11 @@ def test_copies_are_made_once_and_anew_where_weights_change(
     with torch.no_grad():
         linears(model)[0].weight.mul_(-1)
     assert torch.equal(tokens_of(model, None), first)
+    linears(model)[0].weight.data.mul_(-1)
+    assert torch.equal(tokens_of(model, None), first), "not seen"
+    assert not torch.equal(tokens_of(model, "int8"), first), "named again"
+    linears(model)[0].weight.data.mul_(-1)
+    assert torch.equal(tokens_of(model, "int8"), first)
     for moved in (model.to(torch.float64).float(), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(tokens_of(moved, None), first), "the option goes with the model"
 

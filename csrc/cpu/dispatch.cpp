@@ -132,9 +132,13 @@ int64_t paged_attention_items(const PagedAttentionParams& p) {
   return p.sequences * p.kv_heads * ((rows + kAttentionTileRows - 1) / kAttentionTileRows);
 }
 
-int64_t linear_items(const LinearParams& p) {
+int64_t linear_bands(const LinearParams& p) {
   const int64_t columns = (p.gated ? 1 : 2) * kLinearBandRows;
   return (p.n + columns - 1) / columns;
+}
+int64_t linear_items(const LinearParams& p) {
+  const int64_t most = linear_rows(p.dtype);
+  return (p.rows + most - 1) / most * linear_bands(p);
 }
 
 void* scratch(int64_t bytes) {

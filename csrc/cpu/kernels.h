@@ -23,7 +23,8 @@ struct Kernels {
 inline int64_t rope_write_kv_items(const RopeWriteKvParams& p) { return p.tokens; }
 int64_t paged_attention_items(const PagedAttentionParams& p);
 inline int64_t score_logits_items(const UnmaskParams& p) { return p.logit_rows; }
-int64_t linear_items(const LinearParams& p);
+int64_t linear_items(const LinearParams& p); // chunks of rows of x, each as often as there are
+int64_t linear_bands(const LinearParams& p); // pairs of bands of the weight
 
 // The query tile of paged_attention: rows of (query, head of the group) that share a pass over the keys.
 inline constexpr int64_t kAttentionTileRows = 64;

@@ -8,10 +8,11 @@
 // Bytes: the weight once, x once a thread, out once. What few rows cost is the reading of the weight, so that
 // it is read as it lies and nothing of it is packed: x^T is, once a call and thread, which is small.
 //
-// Work: an item is two bands of kLinearBandRows rows of the weight; gated, one of the gate's and one of the
-// up's. Sums are [row of the weight][row of x]: rows of x lie in the lanes, in strips of two vectors, and the
-// elements of kUnits rows of the weight are broadcast. They are turned when out is written. Where x does not
-// fit in a core's own cache, a group of items goes over a part of k before the next.
+// Work: an item is linear_rows() rows of x and two bands of kLinearBandRows rows of the weight; gated, one of
+// the gate's and one of the up's. Sums are [row of the weight][row of x]: rows of x lie in the lanes, in
+// strips of two vectors, and the elements of kUnits rows of the weight are broadcast. They are turned when
+// out is written. Where x does not fit in a core's own cache, a group of items goes over a part of k before
+// the next.
 //
 // Element formats: as in paged_attention.cpp. bfloat16 is widened to float32 kUnits rows at a time, or read
 // in pairs as it lies where there is vdpbf16ps; int8 is widened. With a tile unit bfloat16 and int8 have an
@@ -127,9 +128,12 @@ template <class Pair> void multiply_all(const LinearParams& p, int64_t begin, in
 
 } // namespace
 
-void linear(const LinearParams& all, int64_t begin, int64_t end) {
+void linear(const LinearParams& all, int64_t from, int64_t to) {
   const int64_t most = linear_rows(all.dtype), bytes = all.dtype == Dtype::kFloat32 ? 4 : 2;
-  for (int64_t row = 0; row < all.rows; row += most) {
+  const int64_t bands = linear_bands(all);
+  for (int64_t chunk = from / bands; chunk * bands < to; ++chunk) {
+    const int64_t begin = max(from - chunk * bands, 0), end = min(to - chunk * bands, bands);
+    const int64_t row = chunk * most;
     LinearParams p = all;
     p.rows = min(most, all.rows - row);
     p.x = (const char*)all.x + row * all.x_stride * bytes;

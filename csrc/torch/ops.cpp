@@ -637,7 +637,7 @@ Tensor multiply(const char* op, const Tensor& x, const Tensor& weight, const std
                                       .dtype = dtype};
   if (rows > 0)
     run_cpu(fastdllm::cpu::kernels().linear, params, fastdllm::cpu::linear_items(params),
-            (5 + 0.2 * rows) * k);
+            (5 + 0.2 * std::min(rows, fastdllm::cpu::linear_rows(dtype))) * k);
   return out;
 }
 

@@ -11,7 +11,7 @@ from torch import nn
 from fastdllm_ext.diffusion_generate import diffusion_generate
 from fastdllm_ext.generate import generate
 from fastdllm_ext.patching import registry
-from fastdllm_ext.runtime import choose_runtime, part_weights
+from fastdllm_ext.runtime import choose_runtime, forget_quantized, part_weights
 
 METHODS: dict[str, Callable[..., Any]] = {"generate": generate, "diffusion_generate": diffusion_generate}
 
@@ -37,6 +37,13 @@ def patch(
             or quantisation; else modules; what it is is looked at anew in each generation. Both runtimes give
             the same tokens but where two choices lie closer than the rounding of sums in another order:
             rarely in float32, more often in bfloat16.
+        quantization: of the linear layers' weights, in copies that the first generation makes and keeps
+            beside the model's own: a byte a number. ``int8``: on the CPU; whole numbers and a scale for each
+            output, x as it is. ``fp8``: on CUDA from Hopper on (a CPU computes it slowly), for bfloat16;
+            e4m3 numbers and a scale for each output, x so too at every product; the head stays what it is.
+            Needs what the fused runtime needs. A generation sees by itself that weights have moved, or were
+            changed in place; what was changed through ``.data`` it sees when a quantization is named again.
+            What it gains and costs: docs/precision.md.
         kv_cache_dtype: what generations and likelihoods keep keys and values in. ``auto``: the model's dtype.
             ``fp8``: 8 bits a number (e4m3) and a float32 scale for each head's key and value, with head_dim
             128 together 52 % of bfloat16's memory; so much less is read by the attention of a block step,
@@ -54,8 +61,8 @@ def patch(
 
     Raises:
         TypeError, ValueError: not a supported model, or a configuration that its family does not cover;
-            the message lists what is supported. A runtime that is not one of these, or ``fused`` where the
-            model is not made so. The model is then as it was.
+            the message lists what is supported. An option that is not one of these; ``fused`` or a
+            quantization where the model is not made for it. The model is then as it was.
     """
     asked = {"runtime": runtime, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
     said = {name: choice for name, choice in asked.items() if choice is not None}
@@ -66,7 +73,10 @@ def patch(
     if said:
         inner = registry.unwrapped(model)
         family = registry.find_family(inner)
-        choose_runtime(options, family, family.parts(inner))
+        parts = family.parts(inner)
+        choose_runtime(options, family, parts)
+        if quantization is not None:
+            forget_quantized(parts.embedding)
     return registry.patch(model, METHODS, options)
 
 

@@ -11,6 +11,7 @@ from fastdllm_ext.patching.family import Family, Parts
 from fastdllm_ext.patching.registry import Options
 from fastdllm_ext.runtime.fused import Fused, part_weights, why_not_fused, why_not_quantized
 from fastdllm_ext.runtime.modules import Modules
+from fastdllm_ext.runtime.products import forget_quantized
 from fastdllm_ext.runtime.widths import Widths
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Runtime",
     "Widths",
     "choose_runtime",
+    "forget_quantized",
     "make_runtime",
     "part_weights",
 ]

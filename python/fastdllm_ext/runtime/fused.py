@@ -29,7 +29,7 @@ from torch.nn.modules import module as torch_module
 from fastdllm_ext import ops
 from fastdllm_ext.forward import Attention
 from fastdllm_ext.patching.family import Family, Layer, Parts
-from fastdllm_ext.runtime.products import QUANTIZATIONS, Product, forget_quantized, quantized
+from fastdllm_ext.runtime.products import QUANTIZATIONS, Group, Product, forget_quantized, quantized
 from fastdllm_ext.runtime.weights import join, part
 from fastdllm_ext.runtime.widths import Widths
 
@@ -57,7 +57,7 @@ class Fused:
             forget_quantized(parts.embedding)
             self.products = [_join(groups) for groups in _groups(parts)]
         else:
-            self.products = quantized(parts.embedding, quantization, [_pairs(g) for g in _groups(parts)])
+            self.products = _quantized(parts, quantization)
         self.mlp_norms = [norm(layer.mlp_norm) for layer in parts.layers]
         # The norm before each layer's attention, and the one after the last layer.
         self.norms = [*(norm(layer.attn_norm) for layer in parts.layers), norm(parts.norm)]
@@ -140,10 +140,24 @@ def _join(groups: list[list[Any]]) -> tuple[Product, ...]:
     )
 
 
-def _pairs(groups: list[list[Any]]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """The weights of each group, and its biases."""
+def _quantized(parts: Parts, name: str) -> list[tuple[Product, ...]]:
+    """Products with rounded weights; the head with its own where the quantisation leaves it alone."""
+    products, head = list(quantized(parts.embedding, name, _to_round(parts, name))), parts.head
+    if not QUANTIZATIONS[name].head:
+        weight: Any = head.weight
+        bias: Any = getattr(head, "bias", None)
+        products[-1] = (*products[-1], Product(weight.detach(), bias))
+    return products
+
+
+def _to_round(parts: Parts, name: str) -> list[list[Group]]:
+    """The weights and the biases of each product that a quantisation rounds, layer by layer."""
+    layers = list(_groups(parts))
+    if not QUANTIZATIONS[name].head:
+        layers[-1] = layers[-1][:-1]
     return [
-        ([m.weight for m in g], [m.bias for m in g if getattr(m, "bias", None) is not None]) for g in groups
+        [([m.weight for m in g], [m.bias for m in g if getattr(m, "bias", None) is not None]) for g in groups]
+        for groups in layers
     ]
 
 
@@ -178,7 +192,7 @@ def part_weights(parts: Parts) -> None:
 
 def why_not_quantized(name: str, parts: Parts) -> str | None:
     """What about the model's weights a quantisation cannot do; None where there is nothing."""
-    weights = [m.weight for groups in _groups(parts) for group in groups for m in group]
+    weights = [w for layer in _to_round(parts, name) for weights, _ in layer for w in weights]
     return next(filter(None, map(QUANTIZATIONS[name].why_not, weights)), None)
 
 

@@ -69,12 +69,14 @@ class Quantization:
         dtype: of these.
         round: [n, k] -> values [n, k], and scales [n] float32.
         why_not: why a weight cannot be rounded so; None where it can.
+        head: whether the head is rounded too.
     """
 
     product: type[Product]
     dtype: torch.dtype
     round: Callable[[Tensor], tuple[Tensor, Tensor]]
     why_not: Callable[[Tensor], str | None]
+    head: bool
 
 
 def _round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,8 +110,8 @@ def _why_not_fp8(weight: Tensor) -> str | None:
 
 
 QUANTIZATIONS = {
-    "int8": Quantization(Product, torch.int8, _round_to_int8, _why_not_int8),
-    "fp8": Quantization(Fp8Product, torch.float8_e4m3fn, _round_to_fp8, _why_not_fp8),
+    "int8": Quantization(Product, torch.int8, _round_to_int8, _why_not_int8, head=True),
+    "fp8": Quantization(Fp8Product, torch.float8_e4m3fn, _round_to_fp8, _why_not_fp8, head=False),
 }
 
 
