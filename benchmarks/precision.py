@@ -110,22 +110,26 @@ def answers(
     return right, forwards / len(problems), rows
 
 
-def measure_accuracy(dtype: str, prompts: int, args: Any) -> Iterator[dict[str, Any]]:
+def measure_accuracy(dtype: str, results: Results, args: Any) -> Iterator[dict[str, Any]]:
     """A row of results for each rule and option."""
     loaded: tuple[Any, Any] = fd.load(fd.demo_model_path(), dtype=DTYPES[dtype], device=args.device)
     model, tokenizer = loaded
-    problems = held_out(prompts, args.seed)
+    problems = held_out(args.prompts, args.seed)
     for name, rule in RULES.items():
         plain: list[Tensor] = []
         for options in options_for(dtype, args.device, speed=False):
-            fd.patch(model, **options)
+            try:
+                fd.patch(model, **options)
+            except ValueError as reason:
+                results.miss(f"accuracy, {dtype}, {options}", str(reason))
+                continue
             right, nfe, rows = answers(model, tokenizer, problems, rule, args.device)
             plain = plain or rows
             equal = sum(torch.equal(a, b) for a, b in zip(rows, plain, strict=True))
             yield {
                 "question": "accuracy", "model": "demo_model", "dtype": dtype, "rule": name, **options,
-                "prompts": prompts, "right": right, "accuracy": right / prompts, "nfe": nfe,
-                "rows_equal": equal / prompts,
+                "prompts": len(problems), "right": right, "accuracy": right / len(problems), "nfe": nfe,
+                "rows_equal": equal / len(problems),
             }  # fmt: skip
 
 
@@ -146,7 +150,7 @@ def main() -> None:
     )  # fmt: skip
     dtypes = dtypes_of(args, "bfloat16", "float32")
     for dtype in dtypes:
-        for row in measure_accuracy(dtype, args.prompts, args):
+        for row in measure_accuracy(dtype, results, args):
             results.add(row)
             print(f"{_options(row)}, {row['rule']}: {100 * row['accuracy']:.1f}% right, "
                   f"{100 * row['rows_equal']:.1f}% rows equal")  # fmt: skip

@@ -15,6 +15,7 @@ from test_linear import LONG, MOST, SIZES, each_isa, on_cpu, threads
 __all__ = ["threads"]  # a fixture
 
 ROWS = [1, 2, 16, 17, 32, 33, 64, 65, MOST, MOST + 1, 2 * MOST + 3]
+MOST_BYTES = 127 * 256 + 127  # the largest number of two bytes from -128 to 127, and of its sign
 INT8: dict[str, Any] = {"low": -127, "high": 128, "dtype": torch.int8}
 
 
@@ -35,13 +36,14 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor) -> Ten
 def bound(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor) -> Tensor:
     """How far a result may lie from the exact one.
 
-    The tile unit sees x in steps of 1/32767 of the row's largest: half a step each, and the division and the
-    product that round it, 3 * 2^-24 more. Others sum in float32: k roundings of at most the sum of all
-    magnitudes. Then scale, unit and bias, a few roundings in float32 of what they make, one to the dtype.
+    The tile unit and vpdpbusd see x in steps of 1/32639 of the row's largest: half a step each, and the
+    division and the product that round it, 3 * 2^-24 more. Others sum in float32: k roundings of at most the
+    sum of all magnitudes. Then scale, unit and bias, a few roundings in float32 of what they make, one to the
+    dtype.
     """
     largest = x.double().abs().amax(dim=1, keepdim=True)
     magnitudes = (weight.double().abs() * scales.double()[:, None]).T
-    steps = largest * (0.5 / 32767 + 3 * 2**-24) * magnitudes.sum(0, keepdim=True)
+    steps = largest * (0.5 / MOST_BYTES + 3 * 2**-24) * magnitudes.sum(0, keepdim=True)
     sums = x.shape[1] * 2**-24 * (x.double().abs() @ magnitudes)
     result = exact(x, weight, bias, scales).abs() + (0 if bias is None else bias.double().abs())
     return steps + sums + result * (torch.finfo(x.dtype).eps + 2**-21)
@@ -103,26 +105,41 @@ def test_bits_depend_on_the_row_alone(backend: Backend, threads: None) -> None:
 def test_the_largest_sums(backend: Backend) -> None:
     """All of one sign, at the most columns: what comes nearest to the end of 32 bits."""
     k = 1 << 16
-    for x in (torch.ones(1, k), -torch.ones(1, k), torch.full((1, k), 32766.0)):
-        x[0, 0] *= 1 + 1 / 32767  # so that the low bytes are as large as they may be
+    for byte in (127 * 257, -127 * 257, -126 * 256 - 128):  # low bytes of 127, -127, -128
+        x = torch.full((1, k), float(byte))
+        x[0, 0] = MOST_BYTES
         for w in (127, -127, -128):
             weight = torch.full((3, k), w, dtype=torch.int8)
             out = backend.run("linear", x, weight, None, torch.ones(3))
             truth = exact(x, weight, None, torch.ones(3))
-            # Summed in float32 one by one, k roundings; on the unit exact but for x's.
+            # Summed in float32 one by one, k roundings; of bytes exact.
             assert ((out.double() - truth).abs() <= truth.abs() * k * 2**-24).all()
 
 
-def test_the_unit_adds_whole_numbers_exactly() -> None:
-    """x of whole numbers up to 32,767 are numbers of the unit, and scales of one leave the sum."""
-    if "amx" not in [x.values[0].name for x in on_cpu]:
-        pytest.skip("a CPU without a tile unit")
-    x = torch.randint(-32767, 32768, (40, 300)).float()
-    x[:, 7] = 32767
+def test_bytes_are_added_exactly() -> None:
+    """Whole numbers of two bytes are what units of bytes see, and scales of one leave the sum."""
+    names = {x.values[0].name for x in on_cpu} & {"avx512_bf16", "amx"}
+    if not names:
+        pytest.skip("a CPU without such units")
+    x = torch.randint(-MOST_BYTES, MOST_BYTES + 1, (40, 300)).float()
+    x[:, 7] = MOST_BYTES
     weight = torch.randint(size=(50, 300), **INT8)
-    out = Backend("amx").run("linear", x, weight, None, torch.ones(50))
     truth = x.long() @ weight.long().T
-    assert ((out.double() - truth).abs() <= truth.abs() * 2**-23).all()
+    for name in names:
+        out = Backend(name).run("linear", x, weight, None, torch.ones(50))
+        assert ((out.double() - truth).abs() <= truth.abs() * 2**-23).all()
+
+
+def test_units_of_bytes_agree() -> None:
+    """Bit for bit: whole numbers have no order of adding."""
+    names = [x.values[0].name for x in on_cpu if x.values[0].name in ("avx512_bf16", "amx")]
+    if len(names) < 2:
+        pytest.skip("a CPU without a tile unit")
+    for dtype in Backend("amx").dtypes:
+        for rows, n, k in ((1, 3, 5), (33, 40, 301), (200, 70, 4100)):
+            args = make(rows, n, k, dtype)
+            a, b = (Backend(name).run("linear", *args) for name in names)
+            assert torch.equal(a, b)
 
 
 @each_isa

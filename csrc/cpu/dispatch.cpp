@@ -72,10 +72,12 @@ std::vector<Kernels> available() {
     sets.push_back(FASTDLLM_ENTRY(avx2));
   if (avx512)
     sets.push_back(FASTDLLM_ENTRY(avx512));
-  if (avx512 && __builtin_cpu_supports("avx512bf16"))
+  const bool avx512_bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  if (avx512_bf16)
     sets.push_back(FASTDLLM_ENTRY(avx512_bf16));
 #ifdef FASTDLLM_X86_AMX
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && amx_permitted())
+  if (avx512_bf16 && amx_permitted())
     sets.push_back(FASTDLLM_ENTRY(amx));
 #endif
 #endif

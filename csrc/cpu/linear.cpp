@@ -16,10 +16,12 @@
 //
 // Element formats: as in paged_attention.cpp. bfloat16 is widened to float32 kUnits rows at a time, or read
 // in pairs as it lies where there is vdpbf16ps; int8 is widened. With a tile unit bfloat16 and int8 have an
-// inner loop of their own, linear_amx.h.
+// inner loop of their own, linear_amx.h; without one but with vpdpbusd, int8 is multiplied by the bytes of x.
 #include "cpu/linear.h"
 #if defined(__AMX_INT8__)
 #include "cpu/linear_amx.h"
+#elif defined(__AVX512VNNI__)
+#include "cpu/linear_int8.h"
 #endif
 
 namespace fastdllm::cpu::FASTDLLM_ISA {
@@ -31,22 +33,62 @@ static_assert(kBandRows % kUnits == 0);
 // Rows of the weight that are shorter are asked for ahead. The hardware itself follows along longer ones.
 constexpr int64_t kPage = 4096; // bytes
 
-// The formats of x and of the weight together.
+// The formats of x and of the weight together, and how strips of x are packed.
 template <class Format_> struct Same : Format_ {
   using Format = Format_;
   using Weight = typename Format::Element;
+  struct Strip {};
+  static constexpr int kPlanes = 1; // of words, side by side, that a row of x has
+  static void pack_strip(const LinearParams& p, int64_t first, int64_t width, int64_t words, Word* to,
+                         Strip&) {
+    pack_rows<Same>(p, first, width, words, to);
+  }
+  static void combine(const Strip*, int64_t, float*) {}
 };
-// x widened to float32, the weight too.
-template <class T> struct Int8Weight : Float32 {
+
+// int8 weights. x is widened to float32, the weight too.
+template <class T> struct Widened : Float32 {
   using Format = Float32;
   using Element = T;
   using Weight = int8_t;
+  struct Strip {};
+  static constexpr int kPlanes = 1;
   static U32 words(const T* p, int64_t left) { return (U32)load_up_to(p, left); }
   static void pack(const int8_t* from, Word* to, int64_t n) {
     for (int64_t i = 0; i < n; ++i)
       to[i] = __builtin_bit_cast(uint32_t, (float)from[i]);
   }
+  static void pack_strip(const LinearParams& p, int64_t first, int64_t width, int64_t words, Word* to,
+                         Strip&) {
+    pack_rows<Widened>(p, first, width, words, to);
+  }
+  static void combine(const Strip*, int64_t, float*) {}
 };
+
+#if defined(__AVX512VNNI__)
+// int8 weights by the bytes of x. vpdpbusd takes one side without sign: the weight's, plus 128.
+template <class T> struct Bytes {
+  using Format = Bytes;
+  using Element = T;
+  using Weight = int8_t;
+  using Strip = bytes::Strip;
+  static constexpr int kDepth = 4, kPlanes = bytes::kPlanes;
+  static F32 dot(F32 sum, U32 weight, U32 x) {
+    return (F32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)(weight ^ 0x80808080u), (__m512i)x);
+  }
+  static void pack(const int8_t* from, Word* to, int64_t n) { __builtin_memcpy(to, from, n); }
+  static void pack_strip(const LinearParams& p, int64_t first, int64_t width, int64_t words, Word* to,
+                         Strip& strip) {
+    bytes::pack<T>(p, first, words, to, width, width / kPlanes, strip);
+  }
+  static void combine(const Strip* strips, int64_t stride, float* sums) {
+    bytes::combine(strips, 128, stride, sums);
+  }
+};
+template <class T> using Int8Weight = Bytes<T>;
+#else
+template <class T> using Int8Weight = Widened<T>;
+#endif
 
 // Adds to, or puts, the sums of kUnits rows of the weight, `unit` words apart, and a strip of kN vectors.
 // Asks for as many elements of the rows from `next` on, stride `next_stride`, in the order of memory.
@@ -82,14 +124,19 @@ template <class Pair> void multiply_all(const LinearParams& p, int64_t begin, in
   using Weight = typename Pair::Weight;
   constexpr int kDepth = Pair::kDepth;
   const int64_t words = (p.k + kDepth - 1) / kDepth, strip = kStripRows * words;
-  const int64_t strips = (p.rows + kStripRows - 1) / kStripRows, stride = round_up(p.rows, kItemRows);
+  constexpr int64_t kRows = kStripRows / Pair::kPlanes; // of x in a strip
+  const int64_t strips = (p.rows + kRows - 1) / kRows;
+  const int64_t stride = Pair::kPlanes == 1 ? round_up(p.rows, kItemRows) : strips * kStripRows;
+  const int64_t sum_words = kGroupItems * kItemRows * stride;
   Word* x = static_cast<Word*>(
-      scratch((strips * strip + kGroupItems * kItemRows * stride + kUnits * words) * (int64_t)sizeof(Word)));
+      scratch((strips * strip + sum_words + kUnits * words + words_of<typename Pair::Strip>(strips)) *
+              (int64_t)sizeof(Word)));
   float* sums = (float*)(x + strips * strip);
-  Word* copy = (Word*)(sums + kGroupItems * kItemRows * stride);
-  const auto is_narrow = [&](int64_t s) { return p.rows - s * kStripRows <= kLanes; };
+  Word* copy = (Word*)(sums + sum_words);
+  auto* found = (typename Pair::Strip*)(copy + kUnits * words);
+  const auto is_narrow = [&](int64_t s) { return Pair::kPlanes == 1 && p.rows - s * kStripRows <= kLanes; };
   for (int64_t s = 0; s < strips; ++s)
-    pack_rows<Pair>(p, s * kStripRows, is_narrow(s) ? kLanes : kStripRows, words, x + s * strip);
+    Pair::pack_strip(p, s * kRows, is_narrow(s) ? kLanes : kStripRows, words, x + s * strip, found[s]);
   const bool direct = lies_in_words<Pair>(p);
   const bool ask = p.k * (int64_t)sizeof(Weight) < kPage;
 
@@ -122,8 +169,10 @@ template <class Pair> void multiply_all(const LinearParams& p, int64_t begin, in
         }
       }
   };
-  for_each_part(p, begin, end, kDepth, sums, stride, multiply_part,
-                [&](const Item& t, const float* of) { finish<typename Pair::Element>(p, t, of, stride); });
+  for_each_part(p, begin, end, kDepth, sums, stride, multiply_part, [&](const Item& t, float* of) {
+    Pair::combine(found, stride, of);
+    finish<typename Pair::Element>(p, t, of, stride);
+  });
 }
 
 } // namespace

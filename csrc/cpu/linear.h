@@ -36,6 +36,10 @@ template <class Element> const Element* weight_row(const LinearParams& p, int64_
   return static_cast<const Element*>(p.weight) + row * p.weight_stride;
 }
 
+template <class T> int64_t words_of(int64_t count) {
+  return (count * (int64_t)sizeof(T) + sizeof(Word) - 1) / sizeof(Word);
+}
+
 // x[i][j] <-> x[j][i]
 inline void transpose(U32 (&x)[kLanes]) {
 #if defined(__AVX512F__)

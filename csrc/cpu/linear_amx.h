@@ -5,15 +5,11 @@
 // Two bands by two planes, of 16 rows of x each, are four accumulators. Tails of k and of n go through a copy
 // with zeros. The next item is asked for while this one is multiplied, line by line in the order of memory.
 //
-// bfloat16: a plane is a strip of 16 rows of x, two elements a word.
-// int8: the unit multiplies bytes by bytes. A row of x becomes numbers of 16 bits, its largest 32,767 and the
-// others in proportion: x = s (256 high + low), and its high and its low bytes are a plane each, four
-// elements a word. The sums are whole numbers and exact: |256 high + low| < 2^15 and |w| < 2^7, so that a
-// plane's sum stays below 2^31 up to k = 2^16. What a result loses is the rounding of x, at most half of
-// 2^-15 of the row's largest an element; the int8 weight has lost 2^-8.
+// bfloat16: a plane is a strip of 16 rows of x, two elements a word. int8: a strip is two planes, of the high
+// and the low bytes of x (linear_int8.h).
 #pragma once
 
-#include "cpu/linear.h"
+#include "cpu/linear_int8.h"
 #include "cpu/tiles.h"
 
 namespace fastdllm::cpu::FASTDLLM_ISA {
@@ -32,80 +28,29 @@ struct Pairs {
   static void add_3() { _tile_dpbf16ps(3, 5, 7); }
   static U32 words(const BFloat16* p, int64_t left) { return load_pairs(p, left); }
 
-  static void pack(const LinearParams& p, int64_t first, int64_t words, Word* to, float*) {
+  struct Strip {};
+  static void pack(const LinearParams& p, int64_t first, int64_t words, Word* to, Strip&) {
     pack_rows<Pairs>(p, first, kTile, words, to);
   }
-  static void combine(const float*, int64_t, float*) {}
+  static void combine(const Strip*, int64_t, float*) {}
 };
 
 template <class T> struct Int8 {
   using Element = T;
   using Weight = int8_t;
+  using Strip = bytes::Strip;
   static constexpr int kDepth = 4;
-  static constexpr int kPlanes = 2;
+  static constexpr int kPlanes = bytes::kPlanes;
   static void add_0() { _tile_dpbssd(0, 4, 6); }
-  static void add_1() { _tile_dpbsud(1, 4, 7); }
+  static void add_1() { _tile_dpbssd(1, 4, 7); }
   static void add_2() { _tile_dpbssd(2, 5, 6); }
-  static void add_3() { _tile_dpbsud(3, 5, 7); }
+  static void add_3() { _tile_dpbssd(3, 5, 7); }
 
-  // Rows [first, first + 16) of x as two planes of [word][row], and what their units are worth. What is not
-  // finite makes its row's unit NaN.
-  static void pack(const LinearParams& p, int64_t first, int64_t words, Word* to, float* units) {
-    constexpr float kMost = 32767;
-    constexpr __mmask16 kAll = 0xffff;
-    float inverse[kTile] = {};
-    for (int64_t i = 0; i < kTile; ++i) {
-      units[i] = 0;
-      if (first + i >= p.rows)
-        continue;
-      const T* x = static_cast<const T*>(p.x) + (first + i) * p.x_stride;
-      F32 most{}, poison{};
-      for (int64_t k = 0; k < p.k; k += kLanes) {
-        const F32 y = load_up_to(x + k, p.k - k);
-        most = max(most, max(y, -y));
-        poison += y * F32{}; // NaN where y is infinite or NaN
-      }
-      float largest = 0;
-      for (int lane = 0; lane < kLanes; ++lane)
-        largest = (most[lane] > largest ? most[lane] : largest) + poison[lane];
-      units[i] = largest / kMost;
-      inverse[i] = largest > 0 ? kMost / largest : 0;
-    }
-    for (int64_t w = 0; w < words; w += kTile) {
-      __m512i high[kTile], low[kTile];
-      for (int64_t i = 0; i < kTile; ++i) {
-        alignas(64) int8_t bytes[2][4 * kLanes];
-        const T* x = static_cast<const T*>(p.x) + (first + i) * p.x_stride;
-        for (int64_t j = 0; j < 4 * kLanes; j += kLanes) {
-          const int64_t left = p.k - (w * kDepth + j);
-          __m512i number = _mm512_setzero_si512();
-          if (first + i < p.rows && left > 0)
-            number = _mm512_maskz_cvtps_epi32(
-                kAll, (__m512)(load_up_to(x + w * kDepth + j, left) * broadcast(inverse[i])));
-          _mm_store_si128((__m128i*)(bytes[0] + j),
-                          _mm512_maskz_cvtepi32_epi8(kAll, (__m512i)((I32)number >> 8)));
-          _mm_store_si128((__m128i*)(bytes[1] + j), _mm512_maskz_cvtepi32_epi8(kAll, number));
-        }
-        high[i] = _mm512_load_si512(bytes[0]);
-        low[i] = _mm512_load_si512(bytes[1]);
-      }
-      transpose(high);
-      transpose(low);
-      for (int64_t i = 0; i < min(kTile, words - w); ++i) {
-        store_words(to + (w + i) * kTile, (U32)high[i]);
-        store_words(to + (words + w + i) * kTile, (U32)low[i]);
-      }
-    }
+  static void pack(const LinearParams& p, int64_t first, int64_t words, Word* to, Strip& strip) {
+    bytes::pack<T>(p, first, words, to, kTile, words * kTile, strip);
   }
-
-  // sums [kItemRows][stride] of planes -> of strips, in place.
-  static void combine(const float* units, int64_t stride, float* sums) {
-    for (int64_t row = 0; row < kItemRows; ++row, sums += stride)
-      for (int64_t at = 0; at < stride / kPlanes; at += kTile) {
-        const F32 high = __builtin_convertvector((I32)load(sums + at * kPlanes), F32);
-        const F32 low = __builtin_convertvector((I32)load(sums + at * kPlanes + kTile), F32);
-        store(sums + at, (high * broadcast(256.0f) + low) * load(units + at));
-      }
+  static void combine(const Strip* strips, int64_t stride, float* sums) {
+    bytes::combine(strips, 0, stride, sums);
   }
 };
 
@@ -242,13 +187,14 @@ template <class Unit> void linear(const LinearParams& p, int64_t begin, int64_t 
   const int64_t words = round_up(p.k, kTileDepth<Unit>) / Unit::kDepth, plane = words * kTile;
   const int64_t strips = (p.rows + kTile - 1) / kTile, planes = strips * Unit::kPlanes;
   const int64_t stride = planes * kTile, sum_words = kGroupItems * kItemRows * stride;
+  const int64_t copy_words = kItemRows * words, strip_words = words_of<typename Unit::Strip>(strips);
   Word* x = static_cast<Word*>(
-      scratch((planes * plane + sum_words + kItemRows * words + strips * kTile) * (int64_t)sizeof(Word)));
+      scratch((planes * plane + sum_words + copy_words + strip_words) * (int64_t)sizeof(Word)));
   float* sums = (float*)(x + planes * plane);
   Weight* copies = (Weight*)(sums + sum_words);
-  float* units = (float*)(copies + kItemRows * words * Unit::kDepth);
+  auto* found = (typename Unit::Strip*)(sums + sum_words + copy_words);
   for (int64_t s = 0; s < strips; ++s)
-    Unit::pack(p, s * kTile, words, x + s * Unit::kPlanes * plane, units + s * kTile);
+    Unit::pack(p, s * kTile, words, x + s * Unit::kPlanes * plane, found[s]);
   const Tiles tiles;
   for_each_part(
       p, begin, end, Unit::kDepth, sums, stride,
@@ -261,7 +207,7 @@ template <class Unit> void linear(const LinearParams& p, int64_t begin, int64_t 
         }
       },
       [&](const Item& t, float* of) {
-        Unit::combine(units, stride, of);
+        Unit::combine(found, stride, of);
         finish<typename Unit::Element>(p, t, of, stride);
       });
 }

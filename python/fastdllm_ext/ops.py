@@ -307,8 +307,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor
     ``linear``.
 
     With scales the weight is int8, row j standing for ``scales[j] * weight[j]``; on the CPU, for float32
-    and bfloat16, any number of rows. On the tile unit x is rounded to 16 bits of its row's largest magnitude
-    first, by at most 2⁻¹⁶ of that, and the rest is exact up to the last rounding.
+    and bfloat16, any number of rows. On the tile unit, and with vpdpbusd, x is rounded first to two bytes, by
+    at most 1/65,278 of its row's largest magnitude, and the rest is exact up to the last rounding.
 
     Args:
         x: [..., k] float32, bfloat16 or float16, k at least 1; rows may be strided, evenly.

@@ -104,6 +104,8 @@ def _why_not_fp8(weight: Tensor) -> str | None:
         return f"the model is {weight.dtype}; takes bfloat16"
     if any(size % 16 for size in weight.shape):
         return f"a linear layer is {list(weight.shape)}; takes multiples of 16"
+    if weight.device.type == "cpu" and torch.__version__ < "2.13":
+        return f"torch is {torch.__version__}; on a CPU takes 2.13 or later"
     if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (9, 0):
         return f"{torch.cuda.get_device_name(weight.device)} is older than Hopper"
     return None
