@@ -20,8 +20,8 @@ static_assert(kRows == kLanes);
 
 // What is known of a strip beside its bytes.
 struct Strip {
-  float units[kRows];             // NaN where something in the row is not finite
-  int32_t totals[kPlanes][kRows]; // of each row's bytes
+  float units[kRows];              // NaN where something in the row is not finite
+  uint32_t totals[kPlanes][kRows]; // of each row's bytes
 };
 
 inline float largest_magnitude(F32 most) {
@@ -40,7 +40,7 @@ void pack(const LinearParams& p, int64_t first, int64_t words, Word* to, int64_t
   const int64_t rows = min(p.rows - first, kRows);
   const auto row = [&](int64_t i) { return static_cast<const T*>(p.x) + (first + i) * p.x_stride; };
   F32 inverse[kRows];
-  I32 totals[kRows][kPlanes] = {};
+  U32 totals[kRows][kPlanes] = {}; // of rows that are not finite they may wrap
   for (int64_t i = 0; i < rows; ++i) {
     F32 most{}, poison{};
     for (int64_t k = 0; k < p.k; k += kLanes) {
@@ -64,9 +64,9 @@ void pack(const LinearParams& p, int64_t first, int64_t words, Word* to, int64_t
           break;
         const F32 x = load_up_to(row(i) + w * 4 + j, left) * inverse[i];
         const I32 number = (I32)_mm512_maskz_cvtps_epi32(kAll, (__m512)x);
-        const I32 low = number << 24 >> 24, high = (number - low) >> 8;
-        totals[i][0] += high;
-        totals[i][1] += low;
+        const I32 low = (I32)((U32)number << 24) >> 24, high = (number - low) >> 8;
+        totals[i][0] += (U32)high;
+        totals[i][1] += (U32)low;
         _mm_store_si128((__m128i*)(block[0] + j), _mm512_maskz_cvtepi32_epi8(kAll, (__m512i)high));
         _mm_store_si128((__m128i*)(block[1] + j), _mm512_maskz_cvtepi32_epi8(kAll, (__m512i)low));
       }
@@ -91,14 +91,14 @@ void pack(const LinearParams& p, int64_t first, int64_t words, Word* to, int64_t
 
 // sums [kItemRows][stride] of planes side by side -> of strips, in place. `offset`: what every number of the
 // weight was multiplied with too many.
-inline void combine(const Strip* strips, int32_t offset, int64_t stride, float* sums) {
+inline void combine(const Strip* strips, uint32_t offset, int64_t stride, float* sums) {
   for (int64_t row = 0; row < kItemRows; ++row, sums += stride)
     for (int64_t s = 0; s < stride / (kPlanes * kRows); ++s) {
-      const auto total = [&](int of) {
-        I32 of_bytes;
-        __builtin_memcpy(&of_bytes, strips[s].totals[of], sizeof of_bytes);
-        const I32 sum = (I32)load(sums + (s * kPlanes + of) * kRows) - offset * of_bytes;
-        return __builtin_convertvector(sum, F32);
+      const auto total = [&](int of) { // of rows of the weight past the last it is any number
+        U32 found;
+        __builtin_memcpy(&found, strips[s].totals[of], sizeof found);
+        const U32 sum = (U32)load(sums + (s * kPlanes + of) * kRows) - offset * found;
+        return __builtin_convertvector((I32)sum, F32);
       };
       const F32 high = total(0), low = total(1);
       store(sums + s * kRows, (high * broadcast(256.0f) + low) * load(strips[s].units));
