@@ -34,35 +34,31 @@ static_assert(kBandRows % kUnits == 0);
 constexpr int64_t kPage = 4096; // bytes
 
 // The formats of x and of the weight together, and how strips of x are packed.
-template <class Format_> struct Same : Format_ {
-  using Format = Format_;
-  using Weight = typename Format::Element;
-  struct Strip {};
+template <class Pair> struct PackedRows {
+  struct Strip {};                  // what is known of one
   static constexpr int kPlanes = 1; // of words, side by side, that a row of x has
   static void pack_strip(const LinearParams& p, int64_t first, int64_t width, int64_t words, Word* to,
                          Strip&) {
-    pack_rows<Same>(p, first, width, words, to);
+    pack_rows<Pair>(p, first, width, words, to);
   }
   static void combine(const Strip*, int64_t, float*) {}
 };
 
+template <class Format_> struct Same : Format_, PackedRows<Same<Format_>> {
+  using Format = Format_;
+  using Weight = typename Format::Element;
+};
+
 // int8 weights. x is widened to float32, the weight too.
-template <class T> struct Widened : Float32 {
+template <class T> struct Widened : Float32, PackedRows<Widened<T>> {
   using Format = Float32;
   using Element = T;
   using Weight = int8_t;
-  struct Strip {};
-  static constexpr int kPlanes = 1;
   static U32 words(const T* p, int64_t left) { return (U32)load_up_to(p, left); }
   static void pack(const int8_t* from, Word* to, int64_t n) {
     for (int64_t i = 0; i < n; ++i)
       to[i] = __builtin_bit_cast(uint32_t, (float)from[i]);
   }
-  static void pack_strip(const LinearParams& p, int64_t first, int64_t width, int64_t words, Word* to,
-                         Strip&) {
-    pack_rows<Widened>(p, first, width, words, to);
-  }
-  static void combine(const Strip*, int64_t, float*) {}
 };
 
 #if defined(__AVX512VNNI__)

@@ -24,13 +24,6 @@ struct Strip {
   uint32_t totals[kPlanes][kRows]; // of each row's bytes
 };
 
-inline float largest_magnitude(F32 most) {
-  float r = 0;
-  for (int lane = 0; lane < kLanes; ++lane)
-    r = most[lane] > r ? most[lane] : r;
-  return r;
-}
-
 // Rows [first, first + 16) of x as [word][row], words `step` apart, the low plane `plane` words behind the
 // high.
 template <class T>
@@ -48,11 +41,9 @@ void pack(const LinearParams& p, int64_t first, int64_t words, Word* to, int64_t
       most = max(most, max(x, -x));
       poison += x * F32{}; // NaN where x is infinite or NaN
     }
-    const float largest = largest_magnitude(most);
+    const float largest = reduce_max(most);
     inverse[i] = broadcast(largest > 0 ? kMost / largest : 0);
-    strip.units[i] = largest / kMost;
-    for (int lane = 0; lane < kLanes; ++lane)
-      strip.units[i] += poison[lane];
+    strip.units[i] = largest / kMost + reduce_add(poison);
   }
   for (int64_t w = 0; w < words; w += kRows) {
     __m512i planes[kPlanes][kRows];

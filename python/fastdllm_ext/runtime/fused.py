@@ -54,7 +54,6 @@ class Fused:
         self.embedding: Any = parts.embedding
         self.products: list[tuple[Product, ...]]
         if quantization == "none":
-            forget_quantized(parts.embedding)
             self.products = [_join(groups) for groups in _groups(parts)]
         else:
             self.products = _quantized(parts, quantization)

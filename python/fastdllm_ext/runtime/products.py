@@ -49,8 +49,6 @@ class Fp8Product(Product):
     def __call__(self, x: Tensor) -> Tensor:
         """[T, k] -> [T, n]."""
         assert self.scales is not None
-        if not len(x):
-            return x.new_empty(0, len(self.weight))
         values, scales = ops.quantize_fp8(x)
         weight, of_weight = self.weight.t(), self.scales[None]
         return torch._scaled_mm(values, weight, scales, of_weight, self.bias, out_dtype=x.dtype)
@@ -90,8 +88,9 @@ def _why_not_int8(weight: Tensor) -> str | None:
         return f"the model is on {weight.device}; takes the CPU"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"the model is {weight.dtype}; takes float32 and bfloat16"
-    most = 1 << 16
-    return f"a linear layer has {weight.shape[1]} inputs; takes {most}" if weight.shape[1] > most else None
+    if weight.shape[1] > 1 << 16:
+        return f"a linear layer has {weight.shape[1]} inputs; takes up to {1 << 16}"
+    return None
 
 
 def _round_to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
