@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -128,6 +129,29 @@ def run(
     kv_cache: PagedKVCache | None,
 ) -> GenerationOutput:
     """Checks arguments, then takes turns until every row is done. See :func:`generate`."""
+    with opened(decoder_class, model, input_ids, attention_mask, config, streamer, kv_cache) as decoder:
+        report = _Reporter(streamer, decoder) if streamer is not None else None
+        while any(not row.done for row in decoder.rows):
+            active = decoder.turn()
+            if report is not None:
+                report(active)
+        output = _output(decoder)
+        if report is not None:
+            report.end(output)
+    return output
+
+
+@contextmanager
+def opened(
+    decoder_class: Callable[..., Decoder],
+    model: nn.Module,
+    input_ids: Prompts,
+    attention_mask: Tensor | None,
+    config: GenerationConfig,
+    streamer: Streamer | None = None,
+    kv_cache: PagedKVCache | None = None,
+) -> Iterator[Decoder]:
+    """A decoder whose arguments are checked and whose pages are given back: for those who take its turns."""
     family, model = patched_family(model), unwrapped(model)
     geometry, parts = with_token_ids(family.geometry(model), config), family.parts(model)
     check_model(model)
@@ -148,15 +172,7 @@ def run(
     decoder = decoder_class(model, geometry, config, kv_cache, rows, row_seeds(config, len(rows)))
     try:
         with evaluating(model):
-            report = _Reporter(streamer, decoder) if streamer is not None else None
-            while any(not row.done for row in decoder.rows):
-                active = decoder.turn()
-                if report is not None:
-                    report(active)
-            output = _output(decoder)
-            if report is not None:
-                report.end(output)
-        return output
+            yield decoder
     finally:
         decoder.close()
 
