@@ -80,7 +80,9 @@ def test_an_lm_eval_task(where: dict[str, Any]) -> None:
     assert [whole.problems[3].score(text) for text in ("it is 6.", "6")] == [0, 1]
     shots = open_task("sums", 4, shots=2, **where)
     assert all(p.prompt.count("Q: ") == 3 for p in shots.problems)
-    with pytest.raises(ValueError, match="metric='f1'; task 'sums' has exact_match,number, exact_match,whole"):
+    with pytest.raises(
+        ValueError, match="metric='f1'; task 'sums' has exact_match,number, exact_match,whole"
+    ):
         open_task("sums", 4, metric="f1", **where)
 
 

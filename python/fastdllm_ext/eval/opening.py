@@ -92,8 +92,8 @@ class Run:
         """ValueError unless the setting fits."""
         if not self.fits(setting):
             raise ValueError(
-                f"gen_length={setting['gen_length']}: with a prompt of {max(map(len, self.prompts()))} tokens "
-                "it exceeds the model's positions"
+                f"gen_length={setting['gen_length']}: with a prompt of "
+                f"{max(map(len, self.prompts()))} tokens it exceeds the model's positions"
             )
 
     @property

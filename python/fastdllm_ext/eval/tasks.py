@@ -107,7 +107,7 @@ def _equals(answer: str) -> Callable[[str], float]:
 
 
 def _read_lines(path: Path, limit: int) -> list[Problem]:
-    problems = []
+    problems: list[Problem] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if len(problems) == limit:
             break
