@@ -22,7 +22,7 @@ __all__ = ["Result", "Sweep", "grid"]
 AXES = ("caches", "blocks", "refresh", "rules", "lengths")
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 FACTORS = (0.25, 0.5, 1.0, 2.0)
-QUOTAS = (1, 2, 4, 8)  # tokens a step
+QUOTAS = (1, 2, 4, 8, 16, 32)  # tokens a step
 BLOCKS = (4, 8, 16, 32, 64, 128, 256)
 REFRESHES: tuple[Setting, ...] = (
     {"refresh": 2}, {"refresh": 4}, {"window": [8, 8]}, {"window": [16, 16]},
@@ -62,7 +62,7 @@ def grid(
             every = not quick or cache == "dual"
             rules: list[Setting] = [{"threshold": t} for t in (THRESHOLDS if every else (0.7, 0.9, 1.0))]
             rules += [{"factor": f} for f in (FACTORS if every else (1.0,))]
-            rules += [{"steps": max(1, gen_length // q)} for q in (QUOTAS if every else (4, 8))]
+            rules += [{"steps": max(1, gen_length // q)} for q in (QUOTAS if every else (4, 16))]
             found += [shape | {"cache": cache} | rule for rule in rules]
     if "blocks" in axes:
         found += [
