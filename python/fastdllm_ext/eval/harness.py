@@ -321,7 +321,7 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         answers = cache_hook.dbdict
         if answers is None:
             return
-        mine = json.loads(json.dumps(self._identity()))
+        mine = json.loads(json.dumps(self._identity(), default=str))
         theirs = answers.get(SETTINGS_KEY)
         if theirs is None:
             if len(answers):
