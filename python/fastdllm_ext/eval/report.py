@@ -29,11 +29,13 @@ from fastdllm_ext.eval.sweep import AXES, Sweep, baseline, grid, identity, open_
 Facts = dict[str, Any]
 Progress = Callable[..., Any]
 
-# Beside the trade-off: a part's name on the command line, what measures it, and on how many prompts at most.
-ANALYSES: dict[str, tuple[Callable[..., Facts], int]] = {
-    "kv_similarity": (similarity.measure, 8),
-    "drift": (drift.measure, 64),
-    "theorem": (theorem.measure, 64),
+# Beside the trade-off: a part's name on the command line, what measures it, on how many prompts at most, and by
+# which rule. Drift takes one token a step, where a cache is used the longest; the theorem a threshold so low that
+# steps lie on both sides of its bound.
+ANALYSES: dict[str, tuple[Callable[..., Facts], int, Callable[[int], dict[str, Any]]]] = {
+    "kv_similarity": (similarity.measure, 8, lambda n: {"steps": n}),
+    "drift": (drift.measure, 64, lambda n: {"steps": n}),
+    "theorem": (theorem.measure, 200, lambda n: {"threshold": 0.5}),
 }
 TRADEOFF_FIGURES = ("tradeoff", "thresholds", "blocks", "rules")
 QUICK_PROBLEMS = 24
@@ -146,7 +148,7 @@ def _kept(path: Path, measure: Callable[[], Facts]) -> Facts:
 
 
 def _analyse(part: str, opened: Run) -> Facts:
-    measure, most = ANALYSES[part]
+    measure, most, rule = ANALYSES[part]
     return measure(
         opened.model,
         opened.prompts()[:most],
@@ -155,4 +157,5 @@ def _analyse(part: str, opened: Run) -> Facts:
         progress=bar(part.replace("_", " ")),
         gen_length=opened.gen_length,
         block_length=opened.block_length,
+        **rule(opened.gen_length),
     )

@@ -122,6 +122,11 @@ def _similarity(facts: Facts) -> Iterator[Section]:
     }
 
 
+def _decoded(found: Facts) -> str:
+    c = found["conditions"]
+    return f"Decoded by {c['rule']}, {c['prompts']} prompts."
+
+
 def _drift(facts: Facts) -> Iterator[Section]:
     rows = [
         [
@@ -142,7 +147,7 @@ def _drift(facts: Facts) -> Iterator[Section]:
             "Block steps against what the uncached model says of the same row at the same moment. Other "
             "token: it has another candidate at a position that the step filled. Not selected: its own "
             "rule would have left that position for later. Confidence: cached minus uncached. Intervals "
-            "take the tokens to be independent."
+            "take the tokens to be independent. " + _decoded(facts["drift"])
         ],
         "figures": ["drift.png"],
         "table": {"head": head, "rows": rows},
@@ -163,7 +168,7 @@ def _theorem(facts: Facts) -> Iterator[Section]:
             "decoding equals greedy decoding one by one; and how often it does, there (inside) and "
             "elsewhere (outside), on steps drawn of either kind. The theorem takes the model's marginals "
             "to be those of one joint distribution, which no training enforces, so that steps inside may "
-            "disagree too."
+            "disagree too. " + _decoded(facts["theorem"])
         ],
         "figures": ["theorem.png"],
         "table": {
