@@ -20,7 +20,7 @@ from typing import Any
 
 from common import ROOT
 from fastdllm_ext.eval import analysis_figures, figures
-from fastdllm_ext.eval.report import ANALYSES, TRADEOFF_FIGURES
+from fastdllm_ext.eval.report import TRADEOFF_FIGURES
 from fastdllm_ext.eval.sections import build_sections
 from fastdllm_ext.eval.summary import select
 
@@ -167,9 +167,9 @@ def main() -> None:
     found = json.loads(calibration.read_text(encoding="utf-8")) if calibration.exists() else None
     for name in TRADEOFF_FIGURES:
         getattr(figures, f"plot_{name}")(facts, arguments.images / f"quality-{name}.png")
-    for part in ANALYSES:
-        draw = getattr(analysis_figures, f"plot_{part.removeprefix('kv_')}")
-        draw(facts[part], arguments.images / f"quality-{part}.png")
+    for part, plots in analysis_figures.FIGURES.items():
+        for name, plot in plots.items():
+            plot(facts[part], arguments.images / f"quality-{name}.png")
     where = arguments.images.resolve().relative_to(arguments.out.resolve().parent)
     arguments.out.write_text(page(facts, found, where.as_posix()), encoding="utf-8")
     print(f"Wrote {arguments.out}")

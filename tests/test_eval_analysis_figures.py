@@ -32,14 +32,14 @@ def draw(monkeypatch: pytest.MonkeyPatch, plot: Callable[..., None], result: Any
 
 
 @pytest.mark.parametrize(
-    "kind", ["similarity", "drift", "drift at a threshold", "no cache", "theorem", "no steps"]
+    "kind", ["similarity", "layers", "drift", "drift at a threshold", "no cache", "theorem", "no steps"]
 )
 def test_every_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
     """Also of results in which something is missing: no block step, no parallel step."""
     model, prompts = tiny_llada(5), some_prompts(3, 2)
-    if kind == "similarity":
+    if kind in ("similarity", "layers"):
         plot, result = (
-            figures.plot_similarity,
+            figures.plot_similarity if kind == "similarity" else figures.plot_similarity_layers,
             similarity.measure(model, prompts, name="tiny model", gen_length=24, block_length=8),
         )
     elif kind in ("theorem", "no steps"):

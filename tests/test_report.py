@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fastdllm_ext.cli import main
-from fastdllm_ext.eval import drift, sweep
-from fastdllm_ext.eval.report import ANALYSES, TRADEOFF_FIGURES
+from fastdllm_ext.eval import analysis_figures, drift, sweep
+from fastdllm_ext.eval.report import TRADEOFF_FIGURES
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -52,9 +52,10 @@ def test_a_whole_report_from_the_command_line(
     assert main([*argv, "--quick"]) == 0
     facts = json.loads((out / "report.json").read_text())
     page = (out / "report.html").read_text()
-    for name in (*TRADEOFF_FIGURES, *ANALYSES):
+    pictures = [*TRADEOFF_FIGURES, *(name for part in analysis_figures.FIGURES.values() for name in part)]
+    for name in pictures:
         assert (out / f"{name}.png").read_bytes().startswith(PNG)
-    assert page.count("data:image/png;base64,") == len(TRADEOFF_FIGURES) + len(ANALYSES)
+    assert page.count("data:image/png;base64,") == len(pictures)
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is fetched
     assert "<script" not in page
     rows = facts["settings"]
@@ -82,7 +83,8 @@ def test_one_part_alone(tmp_path: Path, words: Path) -> None:
     argv = ["report", "--task", str(words), "--gen-length", "8", "--block-length", "4", "--out", str(out)]
     assert main([*argv, "--kv-similarity"]) == 0
     assert {path.name for path in out.iterdir()} == {
-        "conditions.json", "kv_similarity.json", "kv_similarity.png", "report.html", "report.json",
+        "conditions.json", "kv_similarity.json", "kv_similarity.png", "kv_similarity_layers.png",
+        "report.html", "report.json",
     }  # fmt: skip
 
 

@@ -77,6 +77,46 @@ def plot_similarity(result: dict[str, Any], path: Path) -> None:
     )  # fmt: skip
 
 
+def plot_similarity_layers(result: dict[str, Any], path: Path) -> None:
+    """The maps of single layers, eight of them at most, from the first to the last in even strides.
+
+    Args:
+        result: of ``similarity.measure``.
+        path: PNG to write.
+    """
+    steps = result["steps"]
+    maps = {
+        f"{kind}, {region.replace('_', ' ')}": np.array(result[kind][region])
+        for region in ("prompt", "last_block")
+        for kind in ("keys", "values")
+    }
+    count = len(next(iter(maps.values())))
+    layers = sorted({round(i * (count - 1) / max(1, min(8, count) - 1)) for i in range(min(8, count))})
+    low = min(float(x.min()) for x in maps.values())
+    figure, axes = _open(len(layers), len(maps), (7.6, 1.75 * len(layers) + 1.3), (1,) * len(maps))
+    shown: Any = None
+    ticks = [0, len(steps) - 1]
+    for line, layer in enumerate(layers):
+        for axis, (words, cosines) in zip(axes[line], maps.items(), strict=True):
+            shown = axis.imshow(
+                cosines[layer], vmin=low, vmax=1, cmap=plt.get_cmap(MAP), origin="lower",
+                interpolation="nearest",
+            )  # fmt: skip
+            axis.set_xticks(ticks, [str(steps[i]) for i in ticks])
+            axis.set_yticks(ticks, [str(steps[i]) for i in ticks])
+            if line == 0:
+                axis.set_title(words, fontsize=9)
+            if line == len(layers) - 1:
+                axis.set_xlabel("denoising step")
+        axes[line][0].set_ylabel(f"layer {layer + 1}\ndenoising step")
+    bar = figure.colorbar(shown, ax=axes, location="bottom", fraction=0.02, pad=0.015, aspect=45)
+    bar.set_label(f"cosine similarity (one scale for all maps, {low:.2f} to 1)", fontsize=8)
+    _finish(
+        figure, result, path, f"Similarity of keys and values, layer by layer ({len(layers)} of {count})",
+        f"cache none, {result['conditions']['rule']}; means over prompts, heads and positions",
+    )  # fmt: skip
+
+
 def _plot_decay(axis: Any, kind: str, by_region: dict[str, Any], steps: Sequence[int], low: float) -> None:
     """Similarity at a distance of steps: the mean over layers, and the range of the layers."""
     styles = {"prompt": ("#222222", "-", "o"), "last_block": ("#8a8a8a", "--", "s")}
@@ -291,3 +331,11 @@ def _finish(figure: Any, result: dict[str, Any], path: Path, title: str, conditi
     )  # fmt: skip
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+# Of each part of a report: the names of its pictures.
+FIGURES = {
+    "kv_similarity": {"kv_similarity": plot_similarity, "kv_similarity_layers": plot_similarity_layers},
+    "drift": {"drift": plot_drift},
+    "theorem": {"theorem": plot_theorem},
+}

@@ -29,9 +29,9 @@ from fastdllm_ext.eval.sweep import AXES, Sweep, baseline, grid, identity, open_
 Facts = dict[str, Any]
 Progress = Callable[..., Any]
 
-# Beside the trade-off: a part's name on the command line, what measures it, on how many prompts at most, and
-# by which rule. Drift takes one token a step, where a cache is used the longest; the theorem a threshold so low
-# that steps lie on both sides of its bound.
+# Beside the trade-off: a part's name on the command line, what measures it, on how many prompts at most,
+# and by which rule. Drift takes one token a step, where a cache is used the longest; the theorem a threshold
+# so low that steps lie on both sides of its bound.
 ANALYSES: dict[str, tuple[Callable[..., Facts], int, Callable[[int], dict[str, Any]]]] = {
     "kv_similarity": (similarity.measure, 8, lambda n: {"steps": n}),
     "drift": (drift.measure, 64, lambda n: {"steps": n}),
@@ -94,8 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
                 getattr(figures, f"plot_{name}")(facts, out / f"{name}.png")
         else:
             facts[part] = _kept(out / f"{part}.json", partial(_analyse, part, opened))
-            draw = getattr(analysis_figures, f"plot_{part.removeprefix('kv_')}")
-            draw(facts[part], out / f"{part}.png")
+            for name, plot in analysis_figures.FIGURES[part].items():
+                plot(facts[part], out / f"{name}.png")
     facts["sections"] = build_sections(facts)
     (out / "report.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (out / "report.html").write_text(render(facts, out), encoding="utf-8")

@@ -118,7 +118,7 @@ def _similarity(facts: Facts) -> Iterator[Section]:
             "was computed once is still good later: that is why keys and values can be cached at all (the "
             "paper's figure 3)."
         ],
-        "figures": ["kv_similarity.png"],
+        "figures": ["kv_similarity.png", "kv_similarity_layers.png"],
     }
 
 
