@@ -65,8 +65,9 @@ def _tradeoff(facts: Facts) -> Iterator[Section]:
         "text": [
             f"Generation length {c['gen_length']}, block length {c['block_length']} where nothing else is "
             f"said, batch {c['batch_size']}. Intervals: 95 %, bootstrap over problems (of speed: over "
-            "batches). Tokens count up to and including EOS. Loss: the baseline's accuracy minus the setting's, and the most it is with 95 % confidence, both in "
-            "points. Same: answers equal to the baseline's. In bold, what no other setting beats."
+            "batches). Tokens count up to and including EOS. Loss: the baseline's accuracy minus the "
+            "setting's, and the most it is with 95 % confidence, both in points. Same: answers equal to "
+            "the baseline's. In bold, what no other setting beats."
         ],
         "table": {
             "head": ["setting", "problems", "accuracy, %", "loss", "at most", "same, %", "tokens/s",
