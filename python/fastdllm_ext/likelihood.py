@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastdllm_ext.arguments import check_model, read_prompts, row_seeds
 from fastdllm_ext.cache import PagedKVCache
-from fastdllm_ext.decoding import GenerationConfig, check_count
+from fastdllm_ext.checks import check_count
+from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.forward import Attention, device_of, dtype_of, evaluating, place_of_keys, whole_rows
 from fastdllm_ext.patching.family import Family, Geometry, Parts
 from fastdllm_ext.patching.registry import Options, patched_family, patched_options, unwrapped
