@@ -14,7 +14,7 @@ from test_generate import assert_row, error_of, random_rows, random_settings, ra
 from tiny import MASK
 
 each_family = pytest.mark.parametrize("family", ["llada", "dream"])
-seeds = pytest.mark.parametrize("seed", range(12))  # every cache mode, with both runtimes
+seeds = pytest.mark.parametrize("seed", range(6))  # every cache mode twice
 
 
 def settings_without_rule(rng: random.Random, seed: int, gen_length: int, shifts: bool) -> dict[str, Any]:
@@ -39,6 +39,7 @@ def assert_as_stated(
         model, rule = random_tiny(rng, seed, family), draw(rng)
         settings = settings_without_rule(rng, seed, 70, family == "dream")
         prompts, lengths = random_rows(rng, rng.choice([1, 2, 3]), settings["infill"])
+        lengths = [min(length, 24) for length in lengths]
         truth = []
         for prompt, length in zip(prompts, lengths, strict=True):
             stated = state(rule)

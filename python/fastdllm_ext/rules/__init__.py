@@ -9,12 +9,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastdllm_ext.rules.base import Rule
+from fastdllm_ext.rules.credit import Credit
 from fastdllm_ext.rules.entropy_bound import EntropyBound
 from fastdllm_ext.rules.frechet import Frechet
+from fastdllm_ext.rules.hierarchical import Hierarchical
+from fastdllm_ext.rules.klass import Klass
 
-__all__ = ["RULES", "EntropyBound", "Frechet", "Rule", "parse"]
+__all__ = ["RULES", "Credit", "EntropyBound", "Frechet", "Hierarchical", "Klass", "Rule", "parse"]
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Frechet, EntropyBound)}
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (Frechet, EntropyBound, Hierarchical, Klass, Credit)
+}
 
 
 def parse(value: object) -> Rule:
