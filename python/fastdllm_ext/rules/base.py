@@ -38,11 +38,15 @@ class Rule:
         name: in :data:`fastdllm_ext.rules.RULES`, in strings and mappings.
         ranks_by: the confidence that ranks positions, in the words of ``remasking``.
         op: the rule of :func:`fastdllm_ext.ops.unmask` that commits.
+        kept: bytes that it keeps for each row, position of a block and token.
+        scratch: bytes for each candidate and token that exist for a moment beside float32 logits.
     """
 
     name: ClassVar[str]
     ranks_by: ClassVar[str] = "low_confidence"
     op: ClassVar[ops.Rule]
+    kept: ClassVar[int] = 0
+    scratch: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

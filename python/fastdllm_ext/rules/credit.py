@@ -30,6 +30,8 @@ class Credit(TorchRule):
     """
 
     name: ClassVar[str] = "credit"
+    kept: ClassVar[int] = 4
+    scratch: ClassVar[int] = 12  # the logits without M, and the credit before and after its decay
     threshold: float = number(0.9, "above 0 and at most 1", 0, 1)
     alpha: float = number(0.7, "above 0", 0)
     beta: float = number(0.8, "above 0 and at most 1", 0, 1)

@@ -30,6 +30,8 @@ class Klass(TorchRule):
     """
 
     name: ClassVar[str] = "klass"
+    kept: ClassVar[int] = 4
+    scratch: ClassVar[int] = 17  # log p, p, two of the sum's terms, and where p is not 0
     threshold: float = number(0.9, "above 0 and at most 1", 0, 1)
     kl: float = number(0.01, "above 0", 0)
     history: int = count(2)
