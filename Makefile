@@ -21,7 +21,7 @@ TRANSFORMERS_TESTS := $(addprefix tests/test_,compat.py patching.py load.py mode
 BENCH_DIR ?= build/bench
 BENCH_REFERENCE ?=
 
-.PHONY: help install demo test test-transformers lint format wheel asan mutants bench bench-page bench-cpp clean
+.PHONY: help install demo test test-transformers lint format wheel asan mutants bench bench-page bench-cpp quality clean
 help:
 	@echo "make demo    build, then the bundled model: unpatched against patched, one table"
 	@echo "make test    build, then the whole test-suite; then test-transformers"
@@ -32,6 +32,7 @@ help:
 	@echo "make mutants  does the suite notice every fault that is planted in a CUDA kernel? (an hour)"
 	@echo "make bench   generations, phases, growth, memory, operations: under 20 minutes, and a page of them in"
 	@echo "             $(BENCH_DIR); BENCH_REFERENCE=PATH measures beside a checkout of NVlabs/Fast-dLLM"
+	@echo "make quality  what the speed costs the bundled model: report, calibration, docs/quality.md (an hour)"
 	@echo "make bench-page  docs/performance.md from benchmarks/results"
 	@echo "make bench-cpp  the kernels without torch (needs Google Benchmark); BENCH_FLAGS=--benchmark_..."
 
@@ -124,6 +125,13 @@ bench: install $(if $(BENCH_REFERENCE),$(OTHER_TRANSFORMERS)/.installed)
 	$(BIN)/python benchmarks/ops.py --device cpu --repeats 11 --out $(BENCH_DIR)/ops-cpu.json
 	$(BIN)/python benchmarks/page.py --results $(BENCH_DIR) --out $(BENCH_DIR)/performance.md \
 	  --images $(BENCH_DIR)/images
+
+# On the bundled model; with other CPU load the times are worthless.
+quality: install
+	$(BIN)/fastdllm-ext report demo --limit 1000 --seed 1 --out build/quality
+	$(BIN)/fastdllm-ext calibrate demo --limit 1000 --seed 2 --out build/calibrated
+	$(BIN)/python benchmarks/quality.py --report build/quality/report.json \
+	  --calibration build/calibrated/calibration/calibration.json
 
 bench-page: install
 	$(BIN)/python benchmarks/page.py

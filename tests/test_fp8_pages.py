@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastdllm_ext as fd
-from fastdllm_ext import likelihood
+from fastdllm_ext import whole
 from fastdllm_ext.arguments import open_cache
 from fastdllm_ext.patching.registry import Options, patched_family
 from slow_reference import SlowModel, slow_generate
@@ -171,12 +171,12 @@ def test_loglikelihood_takes_the_option(family: str) -> None:
 def test_layers_that_share_pages_share_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[fd.PagedKVCache] = []
 
-    class Recorded(likelihood._Scratch):
+    class Recorded(whole.Scratch):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             made.append(self)
 
-    monkeypatch.setattr(likelihood, "_Scratch", Recorded)
+    monkeypatch.setattr(whole, "Scratch", Recorded)
     model = fd.patch(tiny_llada(n_layers=5), kv_cache_dtype="fp8")
     fd.loglikelihood(model, [torch.tensor([5, 6])], [torch.tensor([7])], samples=1)
     (cache,) = made

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdllm_ext as fd
-from fastdllm_ext import likelihood
+from fastdllm_ext import likelihood, whole
 from fastdllm_ext.forward import whole_rows
 from fastdllm_ext.likelihood import draw_masks, mask_counts
 from tiny import EOS, MASK, VOCAB, random_prompt, random_shape, tiny_dream, tiny_llada
@@ -318,12 +318,12 @@ def test_rows_of_several_pairs_share_a_forward() -> None:
 def test_all_layers_share_the_pages_of_one_forward(monkeypatch: pytest.MonkeyPatch, cfg_scale: float) -> None:
     made: list[fd.PagedKVCache] = []
 
-    class Recorded(likelihood._Scratch):
+    class Recorded(whole.Scratch):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             made.append(self)
 
-    monkeypatch.setattr(likelihood, "_Scratch", Recorded)
+    monkeypatch.setattr(whole, "Scratch", Recorded)
     prompts, answers = [ROW[0], torch.arange(2, 42)], [ROW[0], ROW[0]]
     fd.loglikelihood(tiny_llada(n_layers=5), prompts, answers, samples=6, batch_size=4, cfg_scale=cfg_scale)
     (cache,) = made

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import fastdllm_ext
 
@@ -27,7 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--prompts", type=int, default=54, help="held-out prompts to answer (54)")
     demo.add_argument("--seed", type=int, default=0, help="choice of prompts (0)")
 
-    arguments = parser.parse_args(argv)
+    # Their options need modules that the others do without, so they are read when asked for.
+    for name, (_, words) in _LATER.items():
+        commands.add_parser(name, help=words, add_help=False)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command in _LATER:
+        return _run_later(arguments.command, rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "env":
         facts = fastdllm_ext.collect_env()
         print(json.dumps(facts, indent=2) if arguments.json else fastdllm_ext.env.format_env())
@@ -35,3 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastdllm_ext.demo import run
 
     return run(arguments.out, arguments.prompts, arguments.seed)
+
+
+# Command: its module, with `add_arguments` and `run`, and what it does.
+_LATER = {
+    "report": ("fastdllm_ext.eval.report", "accuracy against speed of a model, as a page, pictures and JSON"),
+    "calibrate": ("fastdllm_ext.eval.calibrate", "the fastest settings that lose no more than you allow"),
+    "eval": ("fastdllm_ext.eval.command", "lm-evaluation-harness, with generations made fast"),
+}
+
+
+def _run_later(command: str, argv: Sequence[str]) -> int:
+    """Runs a command whose module is imported for it; its complaints are one line."""
+    module: Any = import_module(_LATER[command][0])
+    try:
+        if not hasattr(module, "add_arguments"):  # hands its arguments on as they are
+            return int(module.run(argv))
+        parser = argparse.ArgumentParser(prog=f"fastdllm-ext {command}", description=_LATER[command][1])
+        module.add_arguments(parser)
+        return int(module.run(parser.parse_args(argv)))
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"fastdllm-ext {command}: {error}", file=sys.stderr)
+        return 2

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastdllm_ext import ops
 from fastdllm_ext.cache import PagedKVCache
-from fastdllm_ext.decoding import GenerationConfig, Timings
+from fastdllm_ext.decoding import REMASKING, GenerationConfig, Timings
 from fastdllm_ext.forward import Attention, Layout, Runs, dtype_of
 from fastdllm_ext.ops import Knob, Row, Rule
 from fastdllm_ext.patching.family import Family, Geometry
@@ -224,7 +224,7 @@ class Decoder:
         blocks = [split_blocks(positions, config.block_length) for positions in masks]
         state = torch.zeros((count, len(Row)), dtype=torch.int64)
         for b, length in enumerate(lengths):
-            state[b, Row.RULE], state[b, Row.SCORE] = self.rule.op, config.score
+            state[b, Row.RULE], state[b, Row.SCORE] = self.rule.op, REMASKING[config.ranks_by]
             state[b, Row.SEED], state[b, Row.STREAM] = seeds[b]
             state[b, Row.FIRST], state[b, Row.END] = blocks[b][0].begin, length
             state[b, Row.EOS_AT] = -1

@@ -287,9 +287,9 @@ class GenerationConfig:
         return Threshold(DEFAULT_THRESHOLD if self.threshold is None else self.threshold)
 
     @property
-    def score(self) -> Score:
-        """What positions are ranked by."""
-        return REMASKING[self.remasking if self.rule is None else self.selection.ranks_by]
+    def ranks_by(self) -> str:
+        """What positions are ranked by, in the words of ``remasking``: a ``rule`` decides it."""
+        return self.remasking if self.rule is None else self.selection.ranks_by
 
 
 def takes_config_fields(function: F) -> F:

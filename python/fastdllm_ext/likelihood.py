@@ -12,17 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdllm_ext.arguments import check_model, read_prompts, row_seeds
-from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.checks import check_count
 from fastdllm_ext.decoding import GenerationConfig
-from fastdllm_ext.forward import Attention, device_of, dtype_of, evaluating, place_of_keys, whole_rows
-from fastdllm_ext.patching.family import Family, Geometry, Parts
-from fastdllm_ext.patching.registry import Options, patched_family, patched_options, unwrapped
-from fastdllm_ext.runtime import Runtime, make_runtime
+from fastdllm_ext.forward import device_of, evaluating
+from fastdllm_ext.patching.family import Family, Geometry
+from fastdllm_ext.patching.registry import patched_family, unwrapped
+from fastdllm_ext.whole import HEAD_ROWS, WholeRows
 
 __all__ = ["loglikelihood"]
-
-HEAD_ROWS = 1024  # masked positions whose logits exist at once: 0.5 GB in float32 for 126k tokens
 
 
 @torch.no_grad()
@@ -64,27 +61,24 @@ def loglikelihood(
             that is not patched. NaN or infinite logits.
     """
     family, model = patched_family(model), unwrapped(model)
-    geometry, parts = family.geometry(model), family.parts(model)
+    geometry = family.geometry(model)
     check_model(model)
     check_count("samples", samples)
     check_count("batch_size", batch_size)
     # The checks and the streams of a generation that samples, which is what takes a seed.
     config = GenerationConfig(cfg_scale=cfg_scale, seed=seed, temperature=1.0)
-    device = device_of(parts.embedding)
+    device = device_of(family.parts(model).embedding)
     pairs = _read_pairs(prompts, answers, family, geometry, device)
     seeds = row_seeds(config, len(pairs))
 
     longest = max(len(pair.tokens) for pair in pairs)
     at_once = min(batch_size, samples * len(pairs)) * (2 if cfg_scale else 1)
-    options = patched_options(model)
-    pages = _Scratch(geometry, parts, options, PagedKVCache.pages_for([longest] * at_once))
-    attention = Attention(geometry, pages, longest, dtype_of(parts))
     totals = torch.zeros(len(pairs), dtype=torch.float64, device=device)
     rows = _rows(pairs, seeds, samples, batch_size)
     with evaluating(model):
-        runtime = make_runtime(options, family, parts)
+        forward = WholeRows(model, longest, at_once)
         while batch := list(itertools.islice(rows, batch_size)):
-            _add_up(totals, batch, pairs, family, geometry, runtime, attention, cfg_scale)
+            _add_up(totals, batch, pairs, forward, cfg_scale)
     wrong = (~totals.isfinite()).nonzero()[:, 0].tolist()
     if wrong:
         raise ValueError(f"logits: NaN or infinite in pairs {wrong}")
@@ -124,36 +118,6 @@ class _Pair:
         return len(self.tokens) - self.prompt_length
 
 
-class _Scratch(PagedKVCache):
-    """Pages that the layers of a device share: each overwrites what the one before has no more need of.
-
-    A forward of whole rows keeps nothing for the next, and keys and values of every layer would be most of
-    its memory.
-    """
-
-    def __init__(self, geometry: Geometry, parts: Parts, options: Options, num_pages: int) -> None:
-        dtype, devices = place_of_keys(parts, options)
-        places = list(dict.fromkeys(devices))
-        super().__init__(
-            len(places),
-            geometry.num_kv_heads,
-            geometry.head_dim,
-            num_pages=num_pages,
-            dtype=dtype,
-            device=places,
-        )
-        self._place = [places.index(device) for device in devices]
-        self.devices = [self.devices[place] for place in self._place]
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """The pages of the layer's device."""
-        return super().layer(self._place[index])
-
-    def scales(self, index: int) -> tuple[Tensor | None, Tensor | None]:
-        """Those of the layer's device."""
-        return super().scales(self._place[index])
-
-
 def _rows(
     pairs: Sequence[_Pair], seeds: Sequence[tuple[int, int]], samples: int, batch_size: int
 ) -> Iterator[tuple[int, Tensor]]:
@@ -167,43 +131,34 @@ def _add_up(
     totals: Tensor,
     batch: Sequence[tuple[int, Tensor]],
     pairs: Sequence[_Pair],
-    family: Family,
-    geometry: Geometry,
-    runtime: Runtime,
-    attention: Attention,
+    forward: WholeRows,
     cfg_scale: float,
 ) -> None:
     """Adds each row's estimate, L / l times the sum of the log p of what it hides, to its pair's total."""
-    rows, twins, lengths = [], [], []
-    wanted, targets, owners, weights = [], [], [], []
+    rows, twins, wanted = [], [], []
+    targets, owners, weights = [], [], []
+    mask_id = forward.geometry.mask_id
     for b, mask in batch:
         pair = pairs[b]
         hidden = mask.nonzero()[:, 0] + pair.prompt_length
-        rows.append(pair.tokens.index_fill(0, hidden, geometry.mask_id))
+        rows.append(pair.tokens.index_fill(0, hidden, mask_id))
         twins.append(rows[-1].clone())
-        twins[-1][: pair.prompt_length] = geometry.mask_id  # a twin sees nothing of the prompt
-        wanted.append(hidden - int(family.shift))
+        twins[-1][: pair.prompt_length] = mask_id  # a twin sees nothing of the prompt
+        wanted.append(hidden)
         targets.append(pair.tokens[hidden])
         owners.append(torch.full((len(hidden),), b))
         weights.append(torch.full((len(hidden),), pair.answer_length / len(hidden), dtype=torch.float64))
-        lengths.append(len(pair.tokens))
     if cfg_scale:
-        rows, lengths, wanted = rows + twins, lengths * 2, wanted * 2
-
-    cache = attention.cache
-    sequences = cache.add(lengths)
-    attention.attend_over(whole_rows(cache, sequences, lengths, wanted))
-    states = runtime.hidden(torch.cat(rows).to(totals.device), attention)
-    for sequence in sequences:
-        cache.free(sequence)
+        rows, wanted = rows + twins, wanted * 2
+    states = forward.hidden(rows, wanted)
 
     columns = [torch.cat(x) for x in (targets, owners, weights)]
     for begin in range(0, len(columns[0]), HEAD_ROWS):
         target, owner, weight = (x[begin : begin + HEAD_ROWS] for x in columns)
-        logits = runtime.head(states[begin : begin + len(target)]).float()
+        logits = forward.head(states[begin : begin + len(target)]).float()
         if cfg_scale:
             twin = begin + len(columns[0])
-            free = runtime.head(states[twin : twin + len(target)]).float()
+            free = forward.head(states[twin : twin + len(target)]).float()
             logits = free + (cfg_scale + 1) * (logits - free)
         loss = F.cross_entropy(logits, target.to(logits.device), reduction="none").to(totals)
         totals.index_add_(0, owner.to(totals.device), -loss * weight.to(totals.device))

@@ -21,6 +21,8 @@ from transformers import (  # type: ignore[attr-defined]  # a fast class that 5.
 )
 
 from fastdllm_ext.compat import add_chat_template, checkpoint_file, dtype_argument, tie
+from fastdllm_ext.compat import generation_config as make_generation_config
+from fastdllm_ext.decoding import CONFIG_KEY, GenerationConfig
 from fastdllm_ext.methods import patch
 from fastdllm_ext.models import DreamModel, LLaDAModelLM
 from fastdllm_ext.models.layers import read_generation_config
@@ -42,6 +44,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
     device_map: Any = None,
+    generation_config: str | os.PathLike[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A checkpoint's model, in evaluation mode and patched, and its tokenizer.
 
@@ -51,6 +54,9 @@ def load(
         device: "auto" is the first GPU where there is one.
         device_map: in place of ``device``: where each part goes, as ``from_pretrained`` takes it ("auto",
             "cuda:1", {"model.embed_tokens": 0, ...}). Needs the accelerate package.
+        generation_config: a folder or name whose generation_config.json has settings of ours
+            (:meth:`GenerationConfig.save_pretrained`, ``fastdllm-ext calibrate``), which count before the
+            checkpoint's own.
 
     Returns:
         (model, tokenizer); the tokenizer is None where the checkpoint has none. The checkpoint's
@@ -60,9 +66,10 @@ def load(
         ValueError: a model that is not supported, weights that do not fit its configuration, or both
             ``device`` and ``device_map``.
         ImportError: ``device_map`` without accelerate.
-        OSError: no such folder or checkpoint.
+        OSError: no such folder or checkpoint, or no generation_config.json in ``generation_config``.
     """
     where = os.fspath(path_or_id)
+    ours = None if generation_config is None else GenerationConfig.from_pretrained(generation_config)
     if device_map is not None and device != "auto":
         raise ValueError(f"device={str(device)!r} and device_map={device_map!r}; takes one of them")
     if device_map is not None and find_spec("accelerate") is None:
@@ -89,6 +96,9 @@ def load(
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)
     model.generation_config = read_generation_config(where)
+    if ours is not None:
+        model.generation_config = model.generation_config or make_generation_config({})
+        setattr(model.generation_config, CONFIG_KEY, ours.to_dict())
     patch(model.eval())
     return model, _tokenizer(where)
 
