@@ -161,7 +161,38 @@ def how_many(ranked: list[float], rule: dict, quota: int) -> tuple[int, float]:
         while n < len(ranked) and (n + 2) * (1 - ranked[n]) <= rule["factor"]:
             n += 1
         return max(1, n), min(abs((n + 2) * (1 - c) - rule["factor"]) for n, c in enumerate(ranked))
+    if "frechet" in rule:
+        costs = [sum(1 - c for c in ranked[:n]) + 2 * (1 - ranked[n]) for n in range(len(ranked))]
+        return longest(costs, rule["frechet"])
+    if "entropy_bound" in rule:
+        return longest([sum(-c for c in ranked[:n]) for n in range(len(ranked))], rule["entropy_bound"])
     return max(1, quota), 1.0
+
+
+def longest(costs: list[float], bound: float) -> tuple[int, float]:
+    """Of prefixes of 1, 2, ... positions, the longest whose cost is within the bound, at least the first."""
+    return (
+        max([1, *(n for n, cost in enumerate(costs, start=1) if cost <= bound)]),
+        min([abs(cost - bound) for cost in costs[1:]], default=1.0),
+    )
+
+
+class SlowRule:
+    """A rule that is no matter of ranks alone."""
+
+    def begin(self) -> None:
+        """A block begins."""
+
+    def fuse(self, position: int, logits: Tensor) -> Tensor:
+        """The logits that a position is judged by."""
+        return logits
+
+    def choose(self, found: dict[int, float], logits: dict[int, Tensor]) -> tuple[set[int], float]:
+        """Which masks are filled, of their confidences by position; and the narrowest decision.
+
+        Where it chooses none, the most confident one is.
+        """
+        raise NotImplementedError
 
 
 @torch.no_grad()
@@ -184,6 +215,7 @@ def slow_generate(
     top_p: float | None = None,
     top_k: int | None = None,
     fp8: bool = False,
+    slow_rule: SlowRule | None = None,
     **rule: float,
 ) -> SlowOutput:
     c = model.config
@@ -235,6 +267,8 @@ def slow_generate(
             quotas = even(len(masks), steps)
         quotas = [q for q in quotas if q > 0]
         step = 0
+        if slow_rule is not None:
+            slow_rule.begin()
         while any(tokens[p] == mask for p in range(begin, stop)):
             low, high = begin - window[0], stop + window[1]
             refreshes = cache == "none" or (step == 0 and number % every == 0)
@@ -253,15 +287,26 @@ def slow_generate(
             found = []
             for p in [begin] if one_first and step == 0 else range(begin, stop):
                 if tokens[p] == mask:
+                    if slow_rule is not None:
+                        logits[p] = slow_rule.fuse(p, logits[p])
                     token, score, gap = judge(logits[p], mask, remasking, top_p, top_k)
                     found.append((-score, p, token, gap))
             found.sort()
-            quota = quotas[step] if step < len(quotas) else 1
-            count, gap = how_many([-f[0] for f in found], rule, quota)
-            closest = min(closest, gap, *(f[3] for f in found[:count]))
-            if count < len(found) and found[count - 1][0] != found[count][0]:
-                closest = min(closest, found[count][0] - found[count - 1][0])
-            for negative, p, token, _ in found[:count]:
+            if slow_rule is not None:
+                chosen, gap = slow_rule.choose({p: -negative for negative, p, _, _ in found}, logits)
+                closest = min(closest, gap)
+                if not chosen and len(found) > 1 and found[0][0] != found[1][0]:
+                    closest = min(closest, found[1][0] - found[0][0])
+                filled = [f for f in found if f[1] in chosen] or found[:1]
+            else:
+                quota = quotas[step] if step < len(quotas) else 1
+                count, gap = how_many([-f[0] for f in found], rule, quota)
+                closest = min(closest, gap)
+                if count < len(found) and found[count - 1][0] != found[count][0]:
+                    closest = min(closest, found[count][0] - found[count - 1][0])
+                filled = found[:count]
+            closest = min(closest, *(f[3] for f in filled))
+            for negative, p, token, _ in filled:
                 tokens[p] = token
                 step_map[p - first], confidence[p - first] = nfe - 1, -negative
             step += 1

@@ -62,6 +62,7 @@ EVERY_FIELD: list[dict[str, Any]] = [
      "cache": "prefix", "refresh": 2, "window": (1, 2), "stop_on_eos": False, "mask_token_id": 2,
      "eos_token_id": [3, 4], "pad_token_id": 5, "seed": [1, 2]},
     {"factor": 1.5, "cfg_scale": 0.5, "infill": True},
+    {"rule": {"name": "klass", "kl": 0.1}},
     {},
 ]  # fmt: skip
 

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 import fastdllm_ext as fd
 from fastdllm_ext.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
 from fastdllm_ext.rope import rope_table
+from fastdllm_ext.rules import RULES
 from fastdllm_ext.runtime import fused
 from tiny import MASK, tiny_dream, tiny_llada
 
@@ -195,6 +196,18 @@ def test_the_peak_is_what_the_formula_says(
         peak = watch.peak
     least = 0.0 if (dtype, runtime) == (torch.bfloat16, "fused") else 0.9
     assert least * needed["total"] <= peak <= needed["total"], needed
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_peak_of_a_rule(family: str, rule: str) -> None:
+    model, prompts = model_of(family), prompts_of(10, 30)
+    fd.generate(model, prompts, gen_length=1)
+    config = fd.GenerationConfig(gen_length=64, block_length=64, rule=rule)
+    needed = fd.memory_needed(model, [74, 94], config)
+    rope_table.cache_clear()
+    peak, _ = allocated(lambda: fd.generate(model, prompts, config=config))
+    assert 0.9 * needed["total"] <= peak <= needed["total"], needed
 
 
 @pytest.mark.parametrize("runtime", ["fused", "modules"])

@@ -35,6 +35,11 @@ RULES: tuple[dict[str, Any], ...] = (
     {"steps": 24},
     {"factor": 1.0},
     {"steps": 24, "schedule": "linear", "remasking": "entropy", "alg_temp": 0.4},
+    {"rule": "frechet:factor=1.5"},
+    {"rule": "entropy_bound:bound=3"},
+    {"rule": "hierarchical:threshold=0.3:low=0.1"},
+    {"rule": "klass:threshold=0.1:kl=0.5:history=1"},
+    {"rule": "credit:threshold=0.2"},
 )
 OTHERS: tuple[dict[str, Any], ...] = ({}, {"cfg_scale": 0.5}, {"refresh": 2, "window": (3, 5), "suffix": 9})
 
@@ -61,7 +66,7 @@ elsewhere = pytest.mark.parametrize("where", ["portable", pytest.param("cuda", m
 
 @elsewhere
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: list(rule)[-1])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("rule", list(rule)[-1]))
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_tiny_model(where: str, family: str, cache: str, rule: dict[str, Any], temperature: float) -> None:

@@ -124,7 +124,13 @@ class Batch:
         torch.testing.assert_close(self.confidence, other.confidence, rtol=1e-5, atol=atol)
 
 
-RULES: list[Any] = [(Rule.QUOTA, 0.0), (Rule.THRESHOLD, 0.5), (Rule.FACTOR, 1.0), (Rule.FACTOR, 0.3)]
+RULES: list[Any] = [
+    (Rule.QUOTA, 0.0),
+    (Rule.THRESHOLD, 0.5),
+    (Rule.FACTOR, 1.0),
+    (Rule.FACTOR, 0.3),
+    (Rule.FRECHET, 1.3),
+]
 
 
 @each_compiled
@@ -142,7 +148,10 @@ def test_against_reference(backend: Backend, rule: Rule, value: float, vocab: in
 @each_compiled
 @pytest.mark.parametrize("masks", [1, 31, 33, 300, 1500])
 def test_many_masks(backend: Backend, masks: int) -> None:
-    for rule, value, rank_temperature in [*((*rule, 0.0) for rule in RULES[:3]), (Rule.QUOTA, 0.0, 0.5)]:
+    for rule, value, rank_temperature in [
+        *((*rule, 0.0) for rule in RULES if rule[1] != 0.3),
+        (Rule.QUOTA, 0.0, 0.5),
+    ]:
         batch = Batch([masks], vocab=100, rule=rule, value=value, rank_temperature=rank_temperature)
         truth = batch.copy().run(Backend("reference"))
         batch.run(backend).assert_same(truth)
@@ -287,6 +296,70 @@ def test_sequences_without_logits_are_left_alone(backend: Backend) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# Rules that add up what the ranks before cost
+# --------------------------------------------------------------------------------------------------
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "value, wanted", [(0.001, 1), (0.06, 1), (0.08, 2), (0.23, 2), (0.25, 3), (0.45, 4), (1.9, 5), (1e30, 6)]
+)
+def test_frechet_bounds_the_prefix(backend: Backend, value: float, wanted: int) -> None:
+    """1 - c: .01, .03, .1, .15, .25, .7, summed with the last one twice .02, .07, .24, .44, .79, 1.94."""
+    batch = _batch_with_probabilities([0.75, 0.3, 0.85, 0.99, 0.90, 0.97], rule=Rule.FRECHET, value=value)
+    batch.run(backend)
+    assert 6 - int(batch.rows[0, Row.MASKS_LEFT]) == wanted
+
+
+@each_backend
+@pytest.mark.parametrize("value, wanted", [(1.0, 1), (1.5, 2), (1.4999, 1), (2.0, 3), (3.5, 6), (3.4999, 5)])
+def test_frechet_of_equal_confidences_is_factor(backend: Backend, value: float, wanted: int) -> None:
+    """Of exactly 1/2: (n + 1) / 2 <= value, the bound included."""
+    for rule in (Rule.FRECHET, Rule.FACTOR):
+        batch = Batch([6], vocab=80, rule=rule, value=value)
+        batch.logits.fill_(-torch.inf)
+        batch.logits[:, 20:22] = 1.0
+        batch.run(backend)
+        assert 6 - int(batch.rows[0, Row.MASKS_LEFT]) == wanted
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "value, wanted", [(1e-6, 2), (0.69, 2), (0.7, 3), (1.7, 3), (1.8, 4), (3.1, 4), (3.2, 5), (1e30, 5)]
+)
+def test_entropy_bound_leaves_out_the_largest(backend: Backend, value: float, wanted: int) -> None:
+    """Uniform over 1, 2, 3, 4 and 8 tokens: the sum of all but the last is 0, 0, .69, 1.79, 3.18."""
+    batch = Batch([5], vocab=80, rule=Rule.ENTROPY_BOUND, score=Score.ENTROPY, value=value)
+    batch.logits.fill_(-torch.inf)
+    for i, tokens in enumerate([8, 1, 2, 3, 4]):
+        batch.logits[i, 20 : 20 + tokens] = 1.0
+    batch.run(backend)
+    assert 5 - int(batch.rows[0, Row.MASKS_LEFT]) == wanted
+    committed = (batch.step_map[0, batch.positions] == 4).tolist()
+    assert committed == [wanted == 5, *(rank < wanted for rank in range(4))]
+
+
+@each_compiled
+@pytest.mark.parametrize("rank_temperature", [0.0, 0.5])
+def test_costs_against_reference(backend: Backend, rank_temperature: float) -> None:
+    """With noise, which the costs do not have, the ranks are no order of cost."""
+    for (rule, score), dtype in itertools.product(
+        [
+            (Rule.FRECHET, Score.PROBABILITY),
+            (Rule.FRECHET, Score.MARGIN),
+            (Rule.ENTROPY_BOUND, Score.ENTROPY),
+        ],
+        backend.dtypes,
+    ):
+        for vocab, masks, value in [(79, [20, 1, 0, 9], 2.0), (8193, [3, 2], 0.6)]:
+            batch = Batch(masks, vocab=vocab, dtype=dtype, rule=rule, score=score, value=value,
+                          rank_temperature=rank_temperature)  # fmt: skip
+            truth = batch.copy().run(Backend("reference"))
+            batch.run(backend).assert_same(truth, atol=1e-6)
+            assert 0 < int((batch.step_map == 4).sum()) < sum(masks)
+
+
+# --------------------------------------------------------------------------------------------------
 # Rows of logits whose position holds no mask
 # --------------------------------------------------------------------------------------------------
 
@@ -300,6 +373,8 @@ def test_sequences_without_logits_are_left_alone(backend: Backend) -> None:
         {"rule": Rule.FACTOR, "value": 1.0, "temperature": 0.8},
         {"rule": Rule.QUOTA, "rank_temperature": 0.5, "score": Score.MARGIN},
         {"value": -2.0, "score": Score.ENTROPY, "top_p": 0.9, "top_k": 50},
+        {"rule": Rule.FRECHET, "value": 1.5},
+        {"rule": Rule.ENTROPY_BOUND, "value": 3.0, "score": Score.ENTROPY},
     ],
     ids=str,
 )
@@ -429,6 +504,8 @@ def test_bits_do_not_depend_on_the_batch(backend: Backend) -> None:
         {"score": Score.ENTROPY, "value": -2.0},
         {"score": Score.MARGIN, "top_p": 0.8, "top_k": 50, "softmax_temperature": 0.7},
         {"rule": Rule.QUOTA, "rank_temperature": 0.5},
+        {"rule": Rule.FRECHET, "value": 1.5},
+        {"rule": Rule.ENTROPY_BOUND, "value": 3.0, "score": Score.ENTROPY},
     ]
     for setting in settings:
         batch = Batch([2, 12, 1], vocab=8200, **({"value": 0.01} | setting))

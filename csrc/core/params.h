@@ -109,7 +109,7 @@ struct CopyPagesParams {
   int64_t pairs, outer, outer_stride_bytes, page_bytes;
 };
 
-enum class Rule : int64_t { kQuota, kThreshold, kFactor };
+enum class Rule : int64_t { kQuota, kThreshold, kFactor, kFrechet, kEntropyBound };
 // What a position is ranked by, up to the noise of rank_temperature, and what is stored as its confidence.
 // With p the softmax over the kept tokens:
 enum class Score : int64_t {
@@ -138,7 +138,7 @@ inline constexpr int64_t kRowFields = sizeof(RowState) / sizeof(int64_t);
 
 // One row of the float32 tensor `knobs` of unmask.
 struct RowKnobs {
-  float value;               // threshold or factor
+  float value;               // threshold, factor or bound
   float temperature;         // of the noise that candidates are sampled with; 0: greedy
   float softmax_temperature; // what confidence divides the logits by; 0 is taken as 1
   float top_p;               // 0 and 1: off

@@ -7,9 +7,13 @@
 //   quota      rank < q,  q = quotas[block_step], the last of them in every later step; q >= 1
 //   threshold  c >= value
 //   factor     (n + 1)(1 - c) <= value,  n = rank + 1
-// and rank 0 always: every rule is a test of one position, given its rank. Theorem 1 takes the longest prefix
-// whose last member satisfies the inequality. Without noise both of its factors grow with the rank, in
-// float32 arithmetic too, so the members of that prefix are just those that satisfy it themselves.
+//   frechet    E + 2 (1 - c) <= value,  E the sum of 1 - c over the ranks before
+//   entropy bound  H <= value,  H the sum of -c over the ranks before, c being the negative entropy
+// and rank 0 always: every rule is a test of one position, given its rank and what the ranks before cost.
+// Factor, frechet and entropy bound mean the longest prefix whose last member satisfies the inequality.
+// Without noise its left side grows with the rank, in the arithmetic here too, so the members of that prefix
+// are just those that satisfy it themselves. Costs are added up as multiples of 2^-32 in 64 bits: exactly,
+// and so in any order.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +55,20 @@ FASTDLLM_HD int32_t quota(const UnmaskParams& p, int64_t b) {
   return q > 1 ? q : 1;
 }
 
-FASTDLLM_HD bool is_selected(Rule rule, float value, int32_t quota, int64_t rank, float score) {
+// A multiple of 2^-32, rounded towards 0. No score costs more than 2^5, so that sums of 2^26 of them hold.
+FASTDLLM_HD int64_t fixed_point(float x) {
+  return static_cast<int64_t>((x < 0x1p30f ? x : 0x1p30f) * 0x1p32f);
+}
+
+// Whether a position adds to the cost of those that rank behind it, and how much.
+FASTDLLM_HD bool has_cost(Rule rule) { return rule == Rule::kFrechet || rule == Rule::kEntropyBound; }
+FASTDLLM_HD int64_t cost(Rule rule, float score) {
+  return fixed_point(rule == Rule::kFrechet ? 1.0f - score : -score);
+}
+
+// `before` is the sum of the costs of all positions of a smaller rank, where the rule has costs.
+FASTDLLM_HD bool is_selected(Rule rule, float value, int32_t quota, int64_t rank, int64_t before,
+                             float score) {
   if (rank == 0)
     return true;
   switch (rule) {
@@ -61,6 +78,10 @@ FASTDLLM_HD bool is_selected(Rule rule, float value, int32_t quota, int64_t rank
     return score >= value;
   case Rule::kFactor:
     return static_cast<float>(rank + 2) * (1.0f - score) <= value;
+  case Rule::kFrechet:
+    return before + 2 * cost(rule, score) <= fixed_point(value);
+  case Rule::kEntropyBound:
+    return before <= fixed_point(value);
   }
   return false;
 }

@@ -61,10 +61,13 @@ void commit(const UnmaskParams& p, int64_t begin, int64_t end) {
     const auto rule = static_cast<Rule>(row.rule);
     const int32_t most = quota(p, b);
     const auto masks = static_cast<int64_t>(order.size());
-    int64_t committed = 0;
+    int64_t committed = 0, before = 0;
     for (int64_t rank = 0; rank < masks; ++rank) {
       const int64_t i = order[rank], at = b * p.width + p.positions[first + i];
-      if (!is_selected(rule, knobs.value, most, rank, score[i]))
+      const bool selected = is_selected(rule, knobs.value, most, rank, before, score[i]);
+      if (has_cost(rule))
+        before += cost(rule, score[i]);
+      if (!selected)
         continue;
       ++committed;
       p.tokens[at] = p.candidate[first + i];

@@ -338,6 +338,7 @@ __device__ __forceinline__ bool is_eos(int64_t token, const int64_t* eos_ids, in
 __device__ __forceinline__ void commit(const UnmaskParams& p, int64_t b, float* noisy, int64_t* shared) {
   const int64_t first_row = p.cu_rows[b], count = p.cu_rows[b + 1] - first_row;
   const RowState before = p.rows[b]; // read by all threads ahead of a barrier, written behind it
+  const auto rule = static_cast<Rule>(before.rule);
   const float value = p.knobs[b].value;
   const int32_t most = quota(p, b);
   const float* score = p.score + first_row;
@@ -363,10 +364,13 @@ __device__ __forceinline__ void commit(const UnmaskParams& p, int64_t b, float* 
     if (!is_masked(p, b, first_row + i))
       continue;
     const float c = score[i], k = key[i];
-    int64_t rank = 0;
+    int64_t rank = 0, costs = 0;
     for (int64_t j = 0; j < count; ++j)
       rank += goes_before(key[j], j, k, i);
-    if (!is_selected(static_cast<Rule>(before.rule), value, most, rank, c))
+    if (has_cost(rule))
+      for (int64_t j = 0; j < count; ++j)
+        costs += goes_before(key[j], j, k, i) ? cost(rule, score[j]) : 0;
+    if (!is_selected(rule, value, most, rank, costs, c))
       continue;
     const int64_t position = p.positions[first_row + i], at = b * p.width + position;
     tokens[position] = p.candidate[first_row + i];

@@ -8,7 +8,7 @@ output = fd.generate(model, input_ids, threshold=0.9)
 
 import torch  # noqa: F401  (loads libtorch, which the compiled module links against)
 
-from fastdllm_ext import ops
+from fastdllm_ext import ops, rules
 from fastdllm_ext.cache import OutOfPages, PagedKVCache
 from fastdllm_ext.decoding import Commit, GenerationConfig, GenerationOutput, Timings
 from fastdllm_ext.env import collect_env
@@ -36,6 +36,7 @@ __all__ = [
     "memory_needed",
     "ops",
     "patch",
+    "rules",
     "supported_models",
     "unpatch",
 ]

@@ -28,6 +28,7 @@ from fastdllm_ext.forward import Attention, Layout, Runs, dtype_of
 from fastdllm_ext.ops import Knob, Row, Rule
 from fastdllm_ext.patching.family import Family, Geometry
 from fastdllm_ext.patching.registry import patched_family, patched_options
+from fastdllm_ext.rules.base import Candidates, Memory, TorchRule, first_best
 from fastdllm_ext.runtime import Fused, Modules, make_runtime
 from fastdllm_ext.runtime.block import STATE, BlockShape, BlockStep, addresses, graphs_of, guided
 from fastdllm_ext.runtime.graphs import batch_bucket, page_bucket
@@ -200,7 +201,7 @@ class Decoder:
         self.family: Family = patched_family(model)
         self.parts = self.family.parts(model)
         self.runtime = make_runtime(patched_options(model), self.family, self.parts)
-        self.seeds = seeds
+        self.seeds, self.rule = seeds, config.selection
         lengths = [len(row) for row in rows]
         self.attention = Attention(self.geometry, cache, max(lengths), dtype_of(self.parts))
         device = rows[0].device
@@ -223,15 +224,17 @@ class Decoder:
         blocks = [split_blocks(positions, config.block_length) for positions in masks]
         state = torch.zeros((count, len(Row)), dtype=torch.int64)
         for b, length in enumerate(lengths):
-            state[b, Row.RULE] = config.rule
-            state[b, Row.SCORE] = REMASKING[config.remasking]
+            state[b, Row.RULE], state[b, Row.SCORE] = self.rule.op, REMASKING[config.ranks_by]
             state[b, Row.SEED], state[b, Row.STREAM] = seeds[b]
             state[b, Row.FIRST], state[b, Row.END] = blocks[b][0].begin, length
             state[b, Row.EOS_AT] = -1
         self.state = state.to(device)
         # Every step fills a mask or more, so a block has as many steps as masks at most.
-        steps = max(b.masks for b in itertools.chain(*blocks)) if config.rule == Rule.QUOTA else 1
+        steps = max(b.masks for b in itertools.chain(*blocks)) if self.rule.op == Rule.QUOTA else 1
         self.quotas = torch.ones((count, steps), dtype=torch.int32, device=device)
+        longest = max(b.end - b.begin for b in itertools.chain(*blocks))
+        self.memory = Memory(count, longest, device)  # of a TorchRule
+        self.block_begin = torch.zeros(count, dtype=torch.int64, device=device)  # likewise
         self._plan: Plan | None = None
         self.rows: list[DecodingRow] = []
         twins = 2 if config.cfg_scale else 1
@@ -276,20 +279,60 @@ class Decoder:
         with self.timings.phase("refresh" if plan.has_refresh else "block_steps"):
             logits, positions = self._forward(plan, sum(counts))
         with self.timings.phase("selection"):
-            ops.unmask(
-                logits,
-                Runs.of(counts).to(logits.device).cu,
-                positions,
-                self.tokens,
-                self.step_map,
-                self.confidence,
-                self.state,
-                self.knobs,
-                self.quotas,
-                self.eos_ids,
-                self.geometry.mask_id,
-                self.filtered,
-            )
+            if isinstance(self.rule, TorchRule):
+                self._choose(self.rule, logits, positions, counts)
+            else:
+                self._unmask(logits, positions, counts)
+
+    def _unmask(self, logits: Tensor, positions: Tensor, counts: list[int]) -> None:
+        ops.unmask(
+            logits,
+            Runs.of(counts).to(logits.device).cu,
+            positions,
+            self.tokens,
+            self.step_map,
+            self.confidence,
+            self.state,
+            self.knobs,
+            self.quotas,
+            self.eos_ids,
+            self.geometry.mask_id,
+            self.filtered,
+        )
+
+    def _choose(self, rule: TorchRule, logits: Tensor, positions: Tensor, counts: list[int]) -> None:
+        """Lets `unmask` fill what it may, and takes back what the rule does not choose."""
+        index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(logits.device)
+        step = Candidates(
+            logits=logits,
+            rows=index,
+            positions=positions,
+            slots=positions - self.block_begin[index],
+            mask_id=self.geometry.mask_id,
+            memory=self.memory,
+            confidence=self.confidence[index, positions],
+        )
+        self._unmask(rule.fused(step), positions, counts)
+        step.confidence = self.confidence[index, positions]
+        chosen = rule.chosen(step)
+        if chosen is not None:
+            some = index.new_zeros(len(counts)).index_add_(0, index, chosen.long()) > 0
+            chosen = chosen | (first_best(step.confidence, index, len(counts)) & ~some[index])
+            self._take_back(index, positions, ~chosen)
+
+    def _take_back(self, rows: Tensor, positions: Tensor, where: Tensor) -> None:
+        """Makes masks again of positions, those ``where`` is true; no token of theirs was ever there."""
+        for kept, empty in ((self.tokens, self.geometry.mask_id), (self.step_map, -1), (self.confidence, 0)):
+            kept[rows, positions] = kept[rows, positions].masked_fill(where, empty)
+        self.state[:, Row.MASKS_LEFT].index_add_(0, rows, where.long())
+        if self.stop_ids:
+            position = torch.arange(self.tokens.shape[1], device=rows.device)
+            inside = (position >= self.state[:, Row.FIRST, None]) & (position < self.state[:, Row.END, None])
+            mask = self.tokens == self.geometry.mask_id
+            stop = (inside & (mask | torch.isin(self.tokens, self.eos_ids))).int()
+            first = stop.argmax(1, keepdim=True)
+            is_eos = (stop.gather(1, first) > 0) & ~mask.gather(1, first)
+            self.state[:, Row.EOS_AT] = torch.where(is_eos, first, -1)[:, 0]
 
     def _take_steps(self, plan: Plan, shape: BlockShape, active: list[DecodingRow]) -> None:
         """Steps of the plan until a row needs the host, as graphs."""
@@ -310,7 +353,7 @@ class Decoder:
 
     def _knobs(self) -> Tensor:
         c, knobs = self.config, torch.zeros(len(Knob), dtype=torch.float32)
-        knobs[Knob.VALUE], knobs[Knob.TEMPERATURE] = c.value, c.temperature
+        knobs[Knob.VALUE], knobs[Knob.TEMPERATURE] = self.rule.value, c.temperature
         knobs[Knob.SOFTMAX_TEMPERATURE] = (
             c.temperature if self.family.samples_first and c.temperature else 1.0
         )
@@ -397,7 +440,8 @@ class Decoder:
             {b - a for a, b in itertools.pairwise(runs.offsets)} for runs in (layout.queries, layout.outputs)
         )
         same = len(queries) == len(candidates) == 1
-        if self.config.cache != "dual" or any(row.fresh for row in active) or not same:
+        graphs = self.config.cache == "dual" and not isinstance(self.rule, TorchRule)
+        if not graphs or any(row.fresh for row in active) or not same:
             return None
         return BlockShape(
             rows=batch_bucket(len(active)),
@@ -430,7 +474,10 @@ class Decoder:
         row.fresh, row.masks_left = True, row.blocks[row.block].masks
         values = {Row.BLOCK_STEP: 0, Row.MASKS_LEFT: row.masks_left}
         self.state[row.index, list(values)] = torch.tensor(list(values.values()), device=self.state.device)
-        if self.config.rule == Rule.QUOTA:
+        if isinstance(self.rule, TorchRule):
+            self.block_begin[row.index] = row.blocks[row.block].begin
+            self.memory.forget(row.index)
+        if self.rule.op == Rule.QUOTA:
             quotas = torch.tensor(self._quotas_of_block(row), dtype=torch.int32)
             self.quotas[row.index, : len(quotas)] = quotas.to(self.quotas.device)
 

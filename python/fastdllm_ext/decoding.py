@@ -16,12 +16,15 @@ from torch import Tensor
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from fastdllm_ext.ops import Rule, Score
+from fastdllm_ext import rules
+from fastdllm_ext.checks import check_count, check_number
+from fastdllm_ext.ops import Score
+from fastdllm_ext.rules.fast_dllm import Factor, Quota, Threshold
 
 __all__ = ["Commit", "GenerationConfig", "GenerationOutput", "Timings"]
 
 CACHES = ("none", "prefix", "dual")
-RULES = ("steps", "threshold", "factor")
+RULES = ("steps", "threshold", "factor", "rule")
 REMASKING = {
     "low_confidence": Score.PROBABILITY,
     "random": Score.RANDOM,
@@ -37,7 +40,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass
 class GenerationConfig:
-    """How to decode. At most one of ``steps``, ``threshold``, ``factor``; with none, threshold 0.9.
+    """How to decode. At most one of ``steps``, ``threshold``, ``factor``, ``rule``; none is threshold 0.9.
 
     docs/decoding.md defines every field.
 
@@ -47,6 +50,8 @@ class GenerationConfig:
         steps: forwards of a row in all, spread over its blocks; each step commits its share.
         threshold: commit every token whose confidence reaches it: in (0, 1], or at most 0 for "entropy".
         factor: commit the n most confident tokens while (n + 1)(1 - c_n) <= factor (Theorem 1).
+        rule: another rule, of :mod:`fastdllm_ext.rules`: one of its classes with parameters, or as a string,
+            ``"klass"`` or ``"klass:kl=0.01:threshold=0.9"``, or a mapping ``{"name": "klass", "kl": 0.01}``.
         schedule: how ``steps`` shares out a block: "even" (LLaDA), or with Dream's time steps from 1 to
             ``eps``: "linear", or "independent", which leaves each position to chance.
         eps: the last time step of those schedules.
@@ -72,6 +77,7 @@ class GenerationConfig:
     steps: int | None = None
     threshold: float | None = None
     factor: float | None = None
+    rule: rules.Rule | str | Mapping[str, Any] | None = None
     schedule: str = "even"
     eps: float = 1e-3
     remasking: str = "low_confidence"
@@ -104,15 +110,15 @@ class GenerationConfig:
                 raise TypeError(f"{name}={getattr(self, name)!r}; takes True or False")
         self._check_rule()
         if self.temperature != 0:
-            _check_number("temperature", self.temperature, "from 1e-6, or 0", 0.999e-6, math.inf)
+            check_number("temperature", self.temperature, "from 1e-6, or 0", 0.999e-6, math.inf)
         if self.alg_temp != 0:
-            _check_number("alg_temp", self.alg_temp, "from 1e-6, or 0", 0.999e-6, math.inf)
+            check_number("alg_temp", self.alg_temp, "from 1e-6, or 0", 0.999e-6, math.inf)
         if self.top_p is not None:
-            _check_number("top_p", self.top_p, "above 0 and at most 1", 0, 1)
+            check_number("top_p", self.top_p, "above 0 and at most 1", 0, 1)
         if self.top_k is not None:
             check_count("top_k", self.top_k)
         if self.cfg_scale != 0:
-            _check_number("cfg_scale", self.cfg_scale, "of 0 or more", 0, math.inf)
+            check_number("cfg_scale", self.cfg_scale, "of 0 or more", 0, math.inf)
         self._check_refresh()
         eos = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
         tokens = {
@@ -136,24 +142,31 @@ class GenerationConfig:
             check_count("steps", self.steps)
         if self.threshold is not None:
             if self.remasking == "entropy":
-                _check_number(
+                check_number(
                     "threshold", self.threshold, "of at most 0 (an entropy's negative)", -math.inf, 0
                 )
             else:
-                _check_number("threshold", self.threshold, "above 0 and at most 1", 0, 1)
+                check_number("threshold", self.threshold, "above 0 and at most 1", 0, 1)
         if self.factor is not None:
-            _check_number("factor", self.factor, "above 0", 0, math.inf)
-        rules = [name for name in RULES if getattr(self, name) is not None]
-        if len(rules) > 1:
-            given = ", ".join(f"{name}={getattr(self, name)}" for name in rules)
-            raise ValueError(f"{given}: takes only one of steps, threshold and factor")
+            check_number("factor", self.factor, "above 0", 0, math.inf)
+        if self.rule is not None:
+            self.rule = rules.parse(self.rule)
+            if self.remasking not in ("low_confidence", self.rule.ranks_by):
+                raise ValueError(
+                    f"remasking={self.remasking!r}: rule={self.rule} ranks by "
+                    f"{self.rule.ranks_by!r}; takes that"
+                )
+        given = [name for name in RULES if getattr(self, name) is not None]
+        if len(given) > 1:
+            values = ", ".join(f"{name}={getattr(self, name)}" for name in given)
+            raise ValueError(f"{values}: takes only one of steps, threshold, factor and rule")
         if self.factor is not None and self.remasking != "low_confidence":
             raise ValueError(
                 f"remasking={self.remasking!r}: factor bounds probabilities; takes 'low_confidence'"
             )
-        if not rules and self.remasking == "entropy":
+        if not given and self.remasking == "entropy":
             raise ValueError("remasking='entropy': takes a threshold (of at most 0) or steps")
-        _check_number("eps", self.eps, "above 0 and below 1", 0, 1 - 1e-9)
+        check_number("eps", self.eps, "above 0 and below 1", 0, 1 - 1e-9)
         for name, off in (("schedule", "even"), ("alg_temp", 0)):
             if getattr(self, name) != off and self.steps is None:
                 raise ValueError(f"{name}={getattr(self, name)!r}: is a matter of steps; takes steps=...")
@@ -244,6 +257,7 @@ class GenerationConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON can hold them."""
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        found["rule"] = None if self.rule is None else self.selection.to_dict()
         return {
             f.name: list(found[f.name]) if isinstance(found[f.name], tuple) else found[f.name]
             for f in dataclasses.fields(self)
@@ -262,20 +276,20 @@ class GenerationConfig:
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @property
-    def rule(self) -> Rule:
-        """The selection rule."""
+    def selection(self) -> rules.Rule:
+        """The selection rule, by whatever argument it was given."""
+        if isinstance(self.rule, rules.Rule):
+            return self.rule
         if self.steps is not None:
-            return Rule.QUOTA
-        return Rule.FACTOR if self.factor is not None else Rule.THRESHOLD
+            return Quota(self.steps)
+        if self.factor is not None:
+            return Factor(self.factor)
+        return Threshold(DEFAULT_THRESHOLD if self.threshold is None else self.threshold)
 
     @property
-    def value(self) -> float:
-        """The rule's threshold or factor; 0 for a quota."""
-        if self.steps is not None:
-            return 0.0
-        if self.factor is not None:
-            return self.factor
-        return DEFAULT_THRESHOLD if self.threshold is None else self.threshold
+    def ranks_by(self) -> str:
+        """What positions are ranked by, in the words of ``remasking``: a ``rule`` decides it."""
+        return self.remasking if self.rule is None else self.selection.ranks_by
 
 
 def takes_config_fields(function: F) -> F:
@@ -288,22 +302,6 @@ def takes_config_fields(function: F) -> F:
     ]
     function.__signature__ = signature.replace(parameters=own + fields)  # type: ignore[attr-defined]
     return function
-
-
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """TypeError or ValueError unless it is an int of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}; takes an int of {least} or more")
-    if value < least:
-        raise ValueError(f"{name}={value}; takes {least} or more")
-
-
-def _check_number(name: str, value: object, allowed: str, low: float, high: float) -> None:
-    """A finite number in (low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r}; takes a number {allowed}")
-    if not (low < value <= high and math.isfinite(value)):
-        raise ValueError(f"{name}={value}; takes a number {allowed}")
 
 
 @dataclass

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from fastdllm_ext.cache import PagedKVCache
+from fastdllm_ext.checks import check_count
 from fastdllm_ext.decoder import Block, Decoder, DecodingRow, Plan, TimeSteps
-from fastdllm_ext.decoding import GenerationConfig, GenerationOutput, Streamer, check_count
+from fastdllm_ext.decoding import GenerationConfig, GenerationOutput, Streamer
 from fastdllm_ext.generate import run
 from fastdllm_ext.ops import Row
 from fastdllm_ext.patching.registry import patched_family, unwrapped
@@ -89,14 +90,15 @@ def diffusion_generate(
             "maskgit_plus", "topk_margin", "entropy", "confidence_threshold"), ``alg_temp``, ``temperature``,
             ``top_p``, ``top_k``, ``threshold``, ``block_length``, ``num_return_sequences``,
             ``return_dict_in_generate``, ``output_history``, ``mask_token_id``, ... Ours: ``cache``,
-            ``factor``, ``refresh``, ``window``, ``suffix``, ``stop_on_eos``, ``seed``, ``cfg_scale``, ...
+            ``factor``, ``rule``, ``refresh``, ``window``, ``suffix``, ``stop_on_eos``, ``seed``, ...
 
     Returns:
         [B, max_length] int64, or a :class:`DreamModelOutput` with ``return_dict_in_generate=True``.
 
     Raises:
         TypeError, ValueError: as :func:`fastdllm_ext.generate`. "confidence_threshold" takes no heed of
-            ``steps``, which its callers pass; the other algorithms refuse ``threshold`` and ``factor``.
+            ``steps``, which its callers pass; the other algorithms refuse ``threshold``, ``factor`` and
+            ``rule``.
     """
     if not isinstance(inputs, Tensor) or inputs.dim() != 2:
         raise ValueError(f"inputs={_kind(inputs)}; takes a [B, P] int64 tensor")
@@ -112,6 +114,8 @@ def diffusion_generate(
             f"generation hooks: takes cache='none' and one block, got cache={config.cache!r} and "
             f"block_length={config.block_length} for {gen_length} tokens"
         )
+    if hooks != (None, None) and config.rule is not None:
+        raise ValueError(f"rule={config.rule}: takes no generation hooks, which change what it chose")
     if hooks != (None, None) and config.cfg_scale:
         raise ValueError(f"cfg_scale={config.cfg_scale}: takes no generation hooks")
     copies = published["num_return_sequences"]
@@ -268,7 +272,7 @@ def _config(
     gen_length: int,
     dual_cache: bool | None,
 ) -> GenerationConfig:
-    bounded = [name for name in ("threshold", "factor") if ours.get(name) is not None]
+    bounded = [name for name in ("threshold", "factor", "rule") if ours.get(name) is not None]
     alg = "confidence_threshold" if bounded and not alg_was_given else published["alg"]
     if alg not in ALGORITHMS:
         raise ValueError(f"alg={alg!r}; takes one of {', '.join(ALGORITHMS)}")

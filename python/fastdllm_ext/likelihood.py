@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdllm_ext.arguments import check_model, read_prompts, row_seeds
-from fastdllm_ext.decoding import GenerationConfig, check_count
+from fastdllm_ext.checks import check_count
+from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.forward import device_of, evaluating
 from fastdllm_ext.patching.family import Family, Geometry
 from fastdllm_ext.patching.registry import patched_family, unwrapped

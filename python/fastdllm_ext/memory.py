@@ -33,14 +33,16 @@ def memory_needed(
     Args:
         model: a patched model, on any device ("meta" too); its linear layers have ``out_features``.
         lengths: positions of each row, prompt and answer together.
-        config: of which ``gen_length``, ``block_length``, ``cfg_scale`` and ``infill`` count.
+        config: of which ``gen_length``, ``block_length``, ``rule``, ``cfg_scale`` and ``infill`` count.
 
     Returns:
         ``pages``: keys and values, in the dtype that :func:`patch` was told. A ``kv_cache`` that is given to
             ``generate`` takes their place.
         ``activations``: of the largest forward, that in which every row is computed from end to end.
-        ``logits``: of all masks of one block of each row, with what is left of that forward.
-        ``state``: tokens and what is known of them, and the table of rotary angles, which is kept.
+        ``logits``: of all masks of one block of each row, with what is left of that forward, and what the
+            rule makes of them.
+        ``state``: tokens and what is known of them, what the rule remembers, and the table of rotary angles,
+            which is kept.
         ``total``: pages, state, and the larger of activations and logits: they do not exist together.
     """
     family, model = patched_family(model), unwrapped(model)
@@ -59,6 +61,9 @@ def memory_needed(
     dtype, _ = place_of_keys(parts, options)
     page = PagedKVCache.page_bytes(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, dtype)
     logits = masks * (twins * (2 * widths.hidden + geometry.vocab_size) * widths.size + _CANDIDATE)
+    rule = config.selection
+    copy = 4 if rule.scratch and widths.size < 4 else 0  # of the logits, in float32
+    logits += masks * geometry.vocab_size * (rule.scratch + copy)
     found = {
         "pages": pages * page,
         "activations": runtime.activation_bytes(widths, queries) + queries * _QUERY,
@@ -66,7 +71,8 @@ def memory_needed(
         "state": len(lengths) * (max(lengths) * _POSITION + max(blocks) * _STEP + _ROW)
         + pages * 4
         + masks * _CANDIDATE
-        + table_length(max(lengths)) * geometry.head_dim * 4,
+        + table_length(max(lengths)) * geometry.head_dim * 4
+        + len(lengths) * max(blocks) * geometry.vocab_size * rule.kept,
     }
     found["total"] = found["pages"] + found["state"] + max(found["activations"], found["logits"])
     return found

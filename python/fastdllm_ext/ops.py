@@ -35,11 +35,19 @@ _ops = torch.ops.fastdllm_ext
 
 
 class Rule(IntEnum):
-    """Selection rule of a row (semantics: Fast-dLLM, Algorithm 1 and Theorem 1)."""
+    """Selection rule of a row: what :func:`unmask` commits (core/select.h has the inequalities).
+
+    Of Fast-dLLM (Algorithm 1 and Theorem 1): a number of positions; those whose score reaches a threshold;
+    the longest prefix with (n + 1)(1 - c_n) <= factor. Two that add up what the prefix costs, exactly, in
+    multiples of 2⁻³²: FRECHET bounds Σ (1 - c) + (1 - c_n), ENTROPY_BOUND the sum of the entropies -c of all
+    but the last, c being ``Score.ENTROPY``.
+    """
 
     QUOTA = 0
     THRESHOLD = 1
     FACTOR = 2
+    FRECHET = 3
+    ENTROPY_BOUND = 4
 
 
 class Score(IntEnum):
@@ -76,7 +84,7 @@ class Knob(IntEnum):
     """Columns of the ``knobs`` tensor of :func:`unmask`.
 
     Attributes:
-        VALUE: threshold or factor; a threshold on ``Score.ENTROPY`` is negative.
+        VALUE: threshold, factor or bound; a threshold on ``Score.ENTROPY`` is negative.
         TEMPERATURE: of the noise that candidates are sampled with; 0 is greedy.
         SOFTMAX_TEMPERATURE: what the confidence divides the logits by: 1 for LLaDA, Dream's temperature.
         TOP_P: 0 and 1 are off.

@@ -181,6 +181,11 @@ def rank_key(score: float, rank_temperature: float, row: list[int], position: in
     return score / rank_temperature + float(gumbel(own_words(row, position)[1]))
 
 
+def fixed_point(x: float) -> int:
+    """A float32 number as a multiple of 2⁻³², rounded towards 0, and at most 2³⁰."""
+    return int(min(float(torch.tensor(x, dtype=torch.float32)), 2.0**30) * 2**32)
+
+
 def selected(
     scores: list[float], keys: list[float], row: list[int], value: float, quotas: list[int]
 ) -> list[int]:
@@ -192,8 +197,14 @@ def selected(
         passes = [rank < quota for rank in range(len(order))]
     elif rule == Rule.THRESHOLD:
         passes = [scores[i] >= value for i in order]
-    else:
+    elif rule == Rule.FACTOR:
         passes = [(n + 1) * (1 - scores[i]) <= value for n, i in enumerate(order, start=1)]
+    elif rule == Rule.FRECHET:
+        costs = [fixed_point(1 - scores[i]) for i in order]
+        passes = [sum(costs[:n]) + 2 * costs[n] <= fixed_point(value) for n in range(len(order))]
+    else:
+        costs = [fixed_point(-scores[i]) for i in order]
+        passes = [sum(costs[:n]) <= fixed_point(value) for n in range(len(order))]
     return [i for rank, i in enumerate(order) if rank == 0 or passes[rank]]
 
 

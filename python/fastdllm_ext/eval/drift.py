@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdllm_ext.decoding import GenerationConfig, check_count
+from fastdllm_ext.checks import check_count
+from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.eval.statistics import wilson
 from fastdllm_ext.eval.steps import TakenStep, conditions, require_greedy, taken_steps
 from fastdllm_ext.eval.uncached import Scores, score_rows
 from fastdllm_ext.ops import Row, Rule
 from fastdllm_ext.reference import selected
+from fastdllm_ext.rules.base import TorchRule
 
 __all__ = ["measure"]
 
@@ -68,13 +70,15 @@ def measure(
         the uncached model would have filled in these steps.
 
     Raises:
-        ValueError: settings that sample, guide or truncate; no prompt.
+        ValueError: settings that sample, guide or truncate; a rule that is not `unmask`'s alone; no prompt.
     """
     check_count("max_steps", max_steps)
     if "cache" in settings:
         raise ValueError(f"cache={settings['cache']!r}; takes caches=...")
     base = GenerationConfig.build(None, settings)
     require_greedy(base)
+    if isinstance(base.selection, TorchRule):
+        raise ValueError(f"rule={base.rule}: chooses by more than ranks; drift takes one that does not")
     if not prompts:
         raise ValueError("prompts holds none; takes one or more")
     found = {}
@@ -140,7 +144,7 @@ def _judge(
         [step.masks for step in steps],
         batch_size,
         mask_id=config.mask_token_id,
-        remasking=config.remasking,
+        remasking=config.ranks_by,
         progress=progress,
     )
     return [_beside(step, score) for step, score in zip(steps, scores, strict=True)]

@@ -24,8 +24,8 @@ from transformers import AutoTokenizer, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import fastdllm_ext as fd
+from fastdllm_ext.checks import check_count
 from fastdllm_ext.compat import dtype_argument
-from fastdllm_ext.decoding import check_count
 from fastdllm_ext.eval import NEEDS
 from fastdllm_ext.eval.throughput import Answer, Throughput, summary
 from fastdllm_ext.forward import device_of

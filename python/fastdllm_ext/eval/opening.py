@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdllm_ext.decoding import check_count
+from fastdllm_ext.checks import check_count
 from fastdllm_ext.env import collect_env
 from fastdllm_ext.eval.tasks import Task, open_task
 from fastdllm_ext.forward import device_of

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdllm_ext.cache import FP8, PagedKVCache
+from fastdllm_ext.checks import check_count
 from fastdllm_ext.decoder import Decoder
-from fastdllm_ext.decoding import GenerationConfig, check_count
+from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.eval.steps import conditions, require_greedy
 from fastdllm_ext.generate import opened
 

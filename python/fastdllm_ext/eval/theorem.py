@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdllm_ext.decoding import GenerationConfig, check_count
+from fastdllm_ext.checks import check_count
+from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.eval.statistics import wilson
 from fastdllm_ext.eval.steps import TakenStep, conditions, require_greedy, taken_steps
 from fastdllm_ext.eval.uncached import score_rows
@@ -78,9 +79,9 @@ def measure(
         raise ValueError(f"cache={settings['cache']!r}; takes caches=...")
     base = GenerationConfig.build(None, settings)
     require_greedy(base)
-    if base.remasking != "low_confidence":
+    if base.ranks_by != "low_confidence":
         raise ValueError(
-            f"remasking={base.remasking!r}: the theorem bounds probabilities; takes 'low_confidence'"
+            f"remasking={base.ranks_by!r}: the theorem bounds probabilities; takes 'low_confidence'"
         )
     if not prompts:
         raise ValueError("prompts holds none; takes one or more")

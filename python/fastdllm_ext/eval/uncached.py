@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdllm_ext import ops
-from fastdllm_ext.decoding import REMASKING, check_count
+from fastdllm_ext.checks import check_count
+from fastdllm_ext.decoding import REMASKING
 from fastdllm_ext.forward import evaluating
 from fastdllm_ext.ops import Knob, Row, Rule
 from fastdllm_ext.patching.registry import patched_family, unwrapped
