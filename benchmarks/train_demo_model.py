@@ -3,8 +3,9 @@
     python benchmarks/train_demo_model.py --out python/fastdllm_ext/demo_model --seed 0
 
 The schedule is counted in steps and every random number comes from the seed, so a run does not depend on
-how fast the machine is. It needs a C++ compiler (torch.compile) and no GPU. ``--measure-only`` keeps the
-weights in the folder and renews the measurements and the model card.
+how fast the machine is. It needs a C++ compiler (torch.compile) and no GPU. ``--first-cycle 3`` begins with
+the weights in the folder and trains the third cycle alone; ``--measure-only`` keeps them and renews the
+measurements and the model card.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +37,8 @@ from fastdllm_ext.models import LLaDAConfig, LLaDAModelLM
 MASK, EOS, UNKNOWN = "<|mask|>", "<|endoftext|>", "<|unknown|>"
 GEN_LENGTH, BLOCK_LENGTH = 128, 32
 THRESHOLDS = (0.9, 0.99)  # that the model card reports
-ROW_LENGTHS = (64, 104, 168)  # a row is filled up with EOS to one of these
-TOKENS_PER_STEP = 10752
+CONFIDENCES = (0.0, 0.5, 0.8, 0.9, 0.99)  # where the bins of its calibration begin
 FULL_LENGTH_SHARE = 0.25  # of the short problems, filled up to the longest row: how they look when decoded
-WARMUP = 100
 
 
 class Phase(NamedTuple):
@@ -49,6 +51,15 @@ class Phase(NamedTuple):
         decay_from: share of the steps after which a cosine takes the rate to zero.
         difficulty_ramp: steps until problems have their full range of sizes.
         block_share: of rows in the block-wise form, at the start and after `block_ramp` steps.
+        tokens: of a step's batch.
+        nines: share of additions most of whose columns sum to nine and so pass a carry on.
+        whole_share: of the block-wise rows, those of which the whole block is masked.
+        focus: γ of the focal loss; 0 is cross-entropy.
+        sizes: of the blocks, drawn alike.
+        row_lengths: a row is filled up with EOS to one of these.
+        plain: AdamW alone, in float32 and not compiled, each token weighted alike: Muon and autocast are
+            slow on a processor without bfloat16 units.
+        warmup: steps until the rate has its peak.
     """
 
     steps: int
@@ -58,11 +69,36 @@ class Phase(NamedTuple):
     difficulty_ramp: int
     block_share: tuple[float, float]
     block_ramp: int
+    tokens: int = 10752
+    nines: float = 0.0
+    whole_share: float = 0.0
+    focus: float = 0.0
+    sizes: tuple[int, ...] = (8, 16, 32, 32)
+    row_lengths: tuple[int, ...] = (64, 104, 168)
+    plain: bool = False
+    warmup: int = 100
 
 
 PHASES = (
     Phase(3300, ("add", "add three", "story", "sort", "reverse"), 2.5e-3, 0.55, 800, (0.3, 0.8), 2500),
     Phase(1000, ("add", "story", "sort", "reverse"), 1.2e-3, 0.2, 1, (0.8, 0.8), 1),
+    Phase(
+        steps=500,
+        families=("add", "story", "story", "story", "reverse"),  # a name's shares add up
+        peak_lr=2e-4,
+        decay_from=0.1,
+        difficulty_ramp=1,
+        block_share=(1.0, 1.0),
+        block_ramp=1,
+        tokens=3040,
+        nines=0.5,
+        whole_share=0.6,
+        focus=2.0,
+        sizes=(16, 32, 32, 32),
+        row_lengths=(64, 104, 152),
+        plain=True,
+        warmup=30,
+    ),
 )
 
 
@@ -140,13 +176,15 @@ def rotary(length: int, config: LLaDAConfig) -> torch.Tensor:
 def batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, phase: Phase
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Endless batches of TOKENS_PER_STEP tokens: (tokens [B, T], prompt lengths [B], answer lengths [B]).
+    """Endless batches of `phase.tokens` tokens: (tokens [B, T], prompt lengths [B], answer lengths [B]).
 
-    T is one of ROW_LENGTHS; problems wait until enough of the same T have come together.
+    T is one of `phase.row_lengths`; problems wait until enough of the same T have come together.
     """
     choose = torch.Generator().manual_seed(seed)
-    waiting: dict[int, list[tuple[list[int], list[int]]]] = {length: [] for length in ROW_LENGTHS}
-    stream = training_stream(seed, lambda: min(1.0, emitted / phase.difficulty_ramp), phase.families)
+    waiting: dict[int, list[tuple[list[int], list[int]]]] = {length: [] for length in phase.row_lengths}
+    stream = training_stream(
+        seed, lambda: min(1.0, emitted / phase.difficulty_ramp), phase.families, phase.nines
+    )
     emitted = 0
     while True:
         problems = [next(stream) for _ in range(64)]
@@ -154,10 +192,10 @@ def batches(
         answers = tokenizer([p.answer for p in problems])["input_ids"]
         lots = torch.rand(64, generator=choose).tolist()
         for prompt, answer, lot in zip(prompts, answers, lots, strict=True):
-            fits = [n for n in ROW_LENGTHS if len(prompt) + len(answer) < n]
-            length = ROW_LENGTHS[-1] if lot < FULL_LENGTH_SHARE else fits[0]
+            fits = [n for n in phase.row_lengths if len(prompt) + len(answer) < n]
+            length = phase.row_lengths[-1] if lot < FULL_LENGTH_SHARE else fits[0]
             waiting[length].append((prompt, answer))
-            if len(waiting[length]) == TOKENS_PER_STEP // length:
+            if len(waiting[length]) == phase.tokens // length:
                 rows, waiting[length] = waiting[length], []
                 tokens = torch.full((len(rows), length), tokenizer.eos_token_id)
                 for row, (p, a) in zip(tokens, rows, strict=True):
@@ -168,9 +206,16 @@ def batches(
 
 
 def corrupt(
-    prompt: torch.Tensor, answer: torch.Tensor, length: int, block_share: float, random: torch.Generator
+    prompt: torch.Tensor,
+    answer: torch.Tensor,
+    length: int,
+    block_share: float,
+    phase: Phase,
+    random: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What to mask and what to learn: (masked [B, T] bool, weight [B, T] float32 that sums to 1 a row).
+    """What to mask and what to learn: (masked [B, T] bool, weight [B, T] float32).
+
+    Weights sum to 1 a row; in a plain phase to the share of the block that is learned.
 
     In the LLaDA form, l of a row's response tokens are masked, l uniform, each weighted 1 / l. In the
     block-wise form the same happens inside one random block, all before it is clean and all after it is
@@ -178,7 +223,7 @@ def corrupt(
     """
     rows = len(prompt)
     block_wise = torch.rand(rows, generator=random) < block_share
-    size = torch.tensor([8, 16, 32, 32])[torch.randint(4, (rows,), generator=random)]
+    size = torch.tensor(phase.sizes)[torch.randint(len(phase.sizes), (rows,), generator=random)]
     block = (torch.rand(rows, generator=random) * (answer // size + 1)).long()
     start = torch.where(block_wise, prompt + block * size, prompt)[:, None]
     end = torch.where(block_wise[:, None], (start + size[:, None]).clamp(max=length), length)
@@ -186,43 +231,53 @@ def corrupt(
     inside = (position >= start) & (position < end)
     strata = (torch.randperm(rows, generator=random) + torch.rand(rows, generator=random)) / rows
     count = (strata[:, None] * (end - start)).long() + 1
+    if phase.whole_share:
+        whole = block_wise & (torch.rand(rows, generator=random) < phase.whole_share)
+        count = torch.where(whole[:, None], end - start, count)
     noise = torch.rand(rows, length, generator=random).masked_fill(~inside, 2.0)
     learn = inside & (noise.argsort(dim=1).argsort(dim=1) < count)
-    return learn | (position >= end), learn / learn.sum(dim=1, keepdim=True)
+    weight = learn / (size[:, None] if phase.plain else learn.sum(dim=1, keepdim=True))
+    return learn | (position >= end), weight
 
 
 def learning_rate(step: int, phase: Phase) -> float:
     """Warm-up, a plateau, then a cosine to zero."""
     decay = max(0.0, step / phase.steps - phase.decay_from) / (1 - phase.decay_from)
-    return phase.peak_lr * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * decay))
+    return phase.peak_lr * min(1.0, (step + 1) / phase.warmup) * 0.5 * (1 + math.cos(math.pi * decay))
 
 
 def train(
     model: LLaDAModelLM, tokenizer: PreTrainedTokenizerFast, phase: Phase, seed: int, out: Path
-) -> float:
-    """Muon on the blocks' matrices, AdamW on everything else. Returns the last loss."""
+) -> None:
+    """One cycle: Muon on the blocks' matrices, unless the phase is plain, and AdamW on everything else."""
     for block in model.model.transformer["blocks"]:
         block.attention = plain_attention.__get__(block)
     matrices = [p for n, p in model.named_parameters() if "blocks" in n and p.ndim == 2]
     others = [p for n, p in model.named_parameters() if not ("blocks" in n and p.ndim == 2)]
-    optimizers = [
-        torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.1, fused=True),
-    ]
-    tables = {length: rotary(length, model.config) for length in ROW_LENGTHS}
-    compiled = torch.compile(model.model, dynamic=False)
+    optimizers: list[torch.optim.Optimizer] = []
+    if phase.plain:
+        others += matrices
+    else:
+        optimizers.append(
+            torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        )
+    optimizers.append(torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.1, fused=True))
+    tables = {length: rotary(length, model.config) for length in phase.row_lengths}
+    network = model.model if phase.plain else torch.compile(model.model, dynamic=False)
     random = torch.Generator().manual_seed(seed)
     began, running = time.time(), 0.0
     stream = zip(range(phase.steps), batches(tokenizer, seed, phase), strict=False)
     for step, (tokens, prompt, answer) in stream:
         first, last = phase.block_share
         block_share = first + min(1.0, step / phase.block_ramp) * (last - first)
-        masked, weight = corrupt(prompt, answer, tokens.shape[1], block_share, random)
-        with torch.autocast("cpu", torch.bfloat16):
+        masked, weight = corrupt(prompt, answer, tokens.shape[1], block_share, phase, random)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not phase.plain):
             visible = tokens.masked_fill(masked, tokenizer.mask_token_id)
-            logits, _ = compiled(visible, attention_bias=tables[tokens.shape[1]])
+            logits, _ = network(visible, attention_bias=tables[tokens.shape[1]])
         picked = weight > 0
         losses = F.cross_entropy(logits[picked].float(), tokens[picked], reduction="none")
+        if phase.focus:
+            losses = losses * (1 - torch.exp(-losses)) ** phase.focus
         loss = (losses * weight[picked]).sum() / len(tokens)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -238,7 +293,6 @@ def train(
         if (step + 1) % 500 == 0:
             save(model, out)
     save(model, out)
-    return loss.item()
 
 
 def processor() -> str:
@@ -298,22 +352,65 @@ def measure(
     return result
 
 
-def measurements(out: Path, count: int) -> list[dict[str, Any]]:
-    """The rules of the model card, and the smallest step count that spends what the threshold spends."""
+def reference(out: Path, count: int) -> list[dict[str, Any]]:
+    """One token a step with no cache."""
+    return [measure(*fd.load(out, device="cpu"), held_out(count, seed=1), "none", steps=GEN_LENGTH)]
+
+
+def rules(out: Path, count: int, cache: str) -> list[dict[str, Any]]:
+    """The card's rules with a cache, and the smallest step count that spends what the threshold spends."""
     model, tokenizer = fd.load(out, device="cpu")
     problems = held_out(count, seed=1)
-    results = [measure(model, tokenizer, problems, "none", steps=GEN_LENGTH)]
-    for cache in ("none", "prefix", "dual"):
-        for threshold in THRESHOLDS:
-            results.append(measure(model, tokenizer, problems, cache, threshold=threshold))
-            budget = results[-1]["nfe"]
-            for steps in range(math.ceil(budget), GEN_LENGTH + 1):
-                fixed = measure(model, tokenizer, problems, cache, steps=steps)
-                if fixed["nfe"] >= budget:
-                    break
-            results.append(fixed)
-        results.append(measure(model, tokenizer, problems, cache, factor=1.0))
+    results = []
+    for threshold in THRESHOLDS:
+        results.append(measure(model, tokenizer, problems, cache, threshold=threshold))
+        budget = results[-1]["nfe"]
+        few = problems[: max(len(FAMILIES), count // 10)]  # these find where the search begins
+        steps = math.ceil(budget)
+        while measure(model, tokenizer, few, cache, steps=steps)["nfe"] < 0.97 * budget:
+            steps += 1
+        while (fixed := measure(model, tokenizer, problems, cache, steps=steps))["nfe"] < budget:
+            steps += 1
+        results.append(fixed)
+    results.append(measure(model, tokenizer, problems, cache, factor=1.0))
     return results
+
+
+def calibration(out: Path, count: int) -> list[dict[str, Any]]:
+    """How often a confidence is right: of each whole block of masks, with the right answer on its left."""
+    model, tokenizer = fd.load(out, device="cpu")
+    total, right = Counter[float](), Counter[float]()
+    for problem in held_out(count, seed=1):
+        prompt, answer = (tokenizer(text)["input_ids"] for text in (problem.prompt, problem.answer))
+        response = answer + [tokenizer.eos_token_id] * (GEN_LENGTH - len(answer))
+        rows = torch.tensor([prompt + response] * (len(answer) // BLOCK_LENGTH + 1))
+        visible = rows.clone()
+        for block, row in enumerate(visible):
+            row[len(prompt) + block * BLOCK_LENGTH :] = tokenizer.mask_token_id
+        with torch.no_grad():
+            probabilities = model(input_ids=visible).logits.softmax(dim=-1)
+        for block, row in enumerate(probabilities):
+            here = slice(len(prompt) + block * BLOCK_LENGTH, len(prompt) + (block + 1) * BLOCK_LENGTH)
+            for confidence, same in zip(
+                *(row[here].max(dim=-1)[0], row[here].argmax(dim=-1) == rows[block, here]), strict=True
+            ):
+                low = max(x for x in CONFIDENCES if x <= confidence)
+                total[low] += 1
+                right[low] += bool(same)
+    return [
+        {"from": x, "tokens": total[x], "right": round(right[x] / max(1, total[x]), 5)} for x in CONFIDENCES
+    ]
+
+
+def measurements(out: Path, count: int, jobs: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(the rules of the model card, its calibration), in ``jobs`` processes of one thread each."""
+    tasks: list[Callable[[], list[dict[str, Any]]]] = [partial(reference, out, count)]
+    tasks += [partial(rules, out, count, cache) for cache in ("none", "prefix", "dual")]
+    tasks.append(partial(calibration, out, count))
+    single = partial(torch.set_num_threads, 1)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=single) as pool:
+        *results, calibrated = [done.result() for done in [pool.submit(task) for task in tasks]]
+    return [row for rows in results for row in rows], calibrated
 
 
 CARD = """# Demo model
@@ -335,24 +432,39 @@ Generation length {gen_length}, block length {block_length}.
 
 ## Training
 
-`{command}`: {minutes} minutes on
-{machine}, torch {torch}. The training text is made up on the fly by
+`{command}`, in {cycles} cycles:
+
+| steps | minutes | on | torch |
+| --- | --- | --- | --- |
+{cycle_rows}
+
+The machines did other work at the same time; hence the minutes. The training text is made up on the fly by
 `fastdllm_ext/demo_tasks.py`; nothing else went in. A prompt whose checksum marks it as held out is never
 trained on; everything measured below is held out. Loss: masked-token cross-entropy weighted one over the
 number of masked tokens, over the whole response for a part of the rows and inside one block (clean on
 its left, masked on its right) for the others. Muon on the blocks' matrices, AdamW on the rest, in two
-cycles of {steps} steps, the second on fewer families. Weights are stored as bfloat16 and meant to be
-run in float32. (The bundled weights come from those two cycles, run one after the other beside other
-work on the machine; hence the minutes.)
+cycles of which the second has fewer families. The third cycle starts from their weights and is about what
+a decoder with a threshold sees first: {whole:.0%} of its rows show a block in which all is masked,
+{nines:.0%} of its additions have many columns that sum to nine and so pass a carry on (those measured are
+drawn evenly), and the loss is a focal one (γ = {focus:g}), which is about the tokens that are hard. AdamW,
+float32. Weights are stored as bfloat16 and meant to be run in float32.
+
+**What a confidence means.** A focal loss makes a model understate how sure it is, on purpose: the same
+threshold lets fewer errors pass and costs more forwards. Of whole blocks of masks, with the right answer on
+their left, this share of the likeliest tokens is right:
+
+| confidence | tokens | right |
+| --- | --- | --- |
+{calibration_rows}
+
+So this model's 0.9 does not compare with the 0.9 of a model trained with cross-entropy; compare at equal NFE.
 
 ## Measured
 
 Exact match of the whole answer on {count} held-out prompts, the families in equal parts, ± one standard
 error; NFE is the mean number of forwards a prompt; tokens count up to and including the end-of-text token.
-A threshold of 0.9 commits tokens of 90 to 99% certainty together, and their errors add up over the digits
-of an answer; 0.99 leaves them for a later step. The fixed step count is the smallest that spends at least
-the NFE of the threshold above it (a prompt whose answer ends early takes only a part of its steps). The
-same numbers are in `metrics.json`.
+The fixed step count is the smallest that spends at least the NFE of the threshold above it (a prompt whose
+answer ends early takes only a part of its steps). The same numbers are in `metrics.json`.
 
 | rule | cache | accuracy | {families} | NFE | tokens / forward |
 | --- | --- | --- | {rule_line} | --- | --- |
@@ -391,8 +503,19 @@ def card(out: Path, metrics: dict[str, Any]) -> str:
         families=" | ".join(FAMILIES),
         rule_line=" | ".join("---" for _ in FAMILIES),
         results="\n".join(f"| {' | '.join(row)} |" for row in results),
-        steps=" and ".join(str(phase.steps) for phase in PHASES),
-        **metrics["training"],
+        command=metrics["training"]["command"],
+        cycles=len(PHASES),
+        cycle_rows="\n".join(
+            f"| {c['steps']} | {c['minutes']} | {c['machine']} | {c['torch']} |"
+            for c in metrics["training"]["cycles"]
+        ),
+        whole=PHASES[-1].whole_share,
+        nines=PHASES[-1].nines,
+        focus=PHASES[-1].focus,
+        calibration_rows="\n".join(
+            f"| {c['from']:g} to {end:g} | {c['tokens']} | {100 * c['right']:.2f}% |"
+            for c, end in zip(metrics["calibration"], (*CONFIDENCES[1:], 1), strict=True)
+        ),
     )
 
 
@@ -403,30 +526,46 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prompts", type=int, default=500, help="held-out prompts to measure on")
+    parser.add_argument("--prompts", type=int, default=1002, help="held-out prompts to measure on")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that measure, of one thread each")
+    parser.add_argument("--first-cycle", type=int, default=1, help="begin here, with the folder's weights")
     parser.add_argument("--measure-only", action="store_true", help="keep the weights")
     args = parser.parse_args()
     record = args.out / "metrics.json"
-    if args.measure_only:
+    if args.measure_only or args.first_cycle > 1:
         training = json.loads(record.read_text())["training"]
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
     else:
         torch.manual_seed(args.seed)
         tokenizer = build_tokenizer()
         save_tokenizer(tokenizer, args.out)
         model = build_model(tokenizer)
-        began = time.time()
-        for number, phase in enumerate(PHASES):
-            last_loss = train(model, tokenizer, phase, args.seed + number, args.out)
-            model = LLaDAModelLM.from_pretrained(args.out, dtype=torch.float32)
         training = {
             "command": f"python benchmarks/train_demo_model.py --out DIR --seed {args.seed}",
             "parameters": sum(p.numel() for p in model.parameters()),
-            "last_loss": round(last_loss, 4),
-            "minutes": round((time.time() - began) / 60, 1),
-            "machine": f"{torch.get_num_threads()} threads of {processor()}",
-            "torch": torch.__version__,
+            "cycles": [],
         }
-    metrics = {"training": training, "prompts": args.prompts, "results": measurements(args.out, args.prompts)}
+        save(model, args.out)
+    if not args.measure_only:
+        for number, phase in list(enumerate(PHASES))[args.first_cycle - 1 :]:
+            model = model if number == 0 else LLaDAModelLM.from_pretrained(args.out, dtype=torch.float32)
+            began = time.time()
+            train(model, tokenizer, phase, args.seed + number, args.out)
+            training["cycles"].append(
+                {
+                    "steps": str(phase.steps),
+                    "minutes": round((time.time() - began) / 60, 1),
+                    "machine": f"{torch.get_num_threads()} threads of {processor()}",
+                    "torch": torch.__version__,
+                }
+            )
+    results, calibrated = measurements(args.out, args.prompts, args.jobs)
+    metrics = {
+        "training": training,
+        "prompts": args.prompts,
+        "calibration": calibrated,
+        "results": results,
+    }
     record.write_text(json.dumps(metrics, indent=1) + "\n")
     (args.out / "README.md").write_text(card(args.out, metrics))
 

@@ -58,6 +58,10 @@ def test_training_never_sees_a_held_out_prompt() -> None:
     assert [p.family for p in problems[:3]] == list(FAMILIES)
     assert problems == held_out(90, seed=1)
     assert problems != held_out(90, seed=2)
+    practised = list(itertools.islice(training_stream(3, families=("add", "story"), nines=1.0), 2000))
+    assert not any(is_held_out(p.prompt) for p in practised)
+    columns = [p.answer.count("+0=09") + p.answer.count("+1=10") for p in practised]
+    assert sum(columns) > 2 * len(practised)  # of about 6.6; of evenly drawn ones a tenth
     with pytest.raises(ValueError, match="family='divide' is unknown; there are add"):
         draw(None, "divide")  # type: ignore[arg-type]
 
@@ -66,12 +70,12 @@ def test_threshold_keeps_the_accuracy_and_a_quota_does_not() -> None:
     """The point of the demo model, on fewer prompts than its card measures."""
     problems = held_out(150, seed=7)
     for cache in ("dual", "prefix"):
-        kept, forwards = accuracy(problems, threshold=0.99, cache=cache)
-        assert kept >= 0.96
+        kept, forwards = accuracy(problems, threshold=0.9, cache=cache)
+        assert kept >= 0.98
         steps = math.ceil(2 * forwards)  # a row that ends early takes about half of its steps
         lost, spent = accuracy(problems, steps=steps, cache=cache)
         assert spent >= forwards * 0.95
-        assert lost < kept - 0.05
+        assert lost < kept - 0.08
 
 
 @pytest.mark.parametrize("isa", _C.cpu_isas())

@@ -128,6 +128,8 @@ def test_the_grid_holds_the_papers_questions() -> None:
         assert {s["block_length"] for s in dual} == {4, 8, 16, 32, 64, 128}
         assert {s["gen_length"] for s in settings} == {64, 128, 256}
         assert {s["cache"] for s in settings} == {"none", "prefix", "dual"}
+        names = {str(s["rule"]).partition(":")[0] for s in settings if "rule" in s}
+        assert names == set(fd.rules.RULES)
     assert len(grid(128, 32)) > 1.3 * len(grid(128, 32, quick=True))
     assert [s["cache"] for s in grid(128, 32, axes=[])] == ["none"]
     with pytest.raises(ValueError, match="axes='blcoks'; takes of caches"):
@@ -141,6 +143,7 @@ def test_labels() -> None:
     assert label({"gen_length": 64, "cache": "prefix", "factor": 0.5}, beside) == "prefix, factor 0.5, gen 64"
     policy = {"cache": "dual", "threshold": 0.9, "window": [8, 8], "refresh": 2}
     assert label(policy, beside) == "dual, threshold 0.9, window 8+8, refresh 2"
+    assert label({"cache": "dual", "rule": "frechet:factor=0.5"}, beside) == "dual, frechet:factor=0.5"
 
 
 def result(setting: Any, grades: list[float], seconds: float, nfe: int = 4) -> Result:

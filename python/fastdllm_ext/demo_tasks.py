@@ -76,34 +76,45 @@ def _operands(rng: random.Random, count: int, low: int, high: int, difficulty: f
     return [_number(rng, size) for size in sizes]
 
 
-def _add(rng: random.Random, difficulty: float) -> tuple[str, str]:
+def _with_nines(rng: random.Random, a: int, b: int) -> tuple[int, int]:
+    """The same first number, and a second one of the same size with which many columns sum to nine."""
+    share = rng.uniform(0.2, 0.8)
+    for column in range(min(len(str(a)), len(str(b))) - 1):
+        if rng.random() < share:
+            b += (9 - a // 10**column % 10 - b // 10**column % 10) * 10**column
+    return a, b
+
+
+def _add(rng: random.Random, difficulty: float, nines: bool = False) -> tuple[str, str]:
     a, b = _operands(rng, 2, 4, 10, difficulty)
+    a, b = _with_nines(rng, a, b) if nines else (a, b)
     return f"Add {a} and {b}.", _columns([a, b])
 
 
-def _add_three(rng: random.Random, difficulty: float) -> tuple[str, str]:
+def _add_three(rng: random.Random, difficulty: float, nines: bool = False) -> tuple[str, str]:
     a, b, c = _operands(rng, 3, 3, 6, difficulty)
     return f"Add {a}, {b} and {c}.", _columns([a, b, c])
 
 
-def _story(rng: random.Random, difficulty: float) -> tuple[str, str]:
+def _story(rng: random.Random, difficulty: float, nines: bool = False) -> tuple[str, str]:
     a, b = _operands(rng, 2, 3, 7, difficulty)
+    a, b = _with_nines(rng, a, b) if nines else (a, b)
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     return f"{name} has {a} {thing} and finds {b} more. How many {thing} now?", _columns([a, b])
 
 
-def _sort(rng: random.Random, difficulty: float) -> tuple[str, str]:
+def _sort(rng: random.Random, difficulty: float, nines: bool = False) -> tuple[str, str]:
     numbers = [rng.randint(10, 99) for _ in range(_size(rng, 4, 10, difficulty))]
     return f"Sort {' '.join(map(str, numbers))}.", " ".join(map(str, sorted(numbers)))
 
 
-def _reverse(rng: random.Random, difficulty: float) -> tuple[str, str]:
+def _reverse(rng: random.Random, difficulty: float, nines: bool = False) -> tuple[str, str]:
     words = rng.choices(WORDS, k=_size(rng, 6, 16, difficulty))
     return f"Reverse {' '.join(words)}.", " ".join(reversed(words))
 
 
 # family -> (its share of the training stream, how to draw a prompt and its answer)
-_FAMILIES: dict[str, tuple[float, Callable[[random.Random, float], tuple[str, str]]]] = {
+_FAMILIES: dict[str, tuple[float, Callable[[random.Random, float, bool], tuple[str, str]]]] = {
     "add": (0.40, _add),
     "add three": (0.22, _add_three),
     "story": (0.10, _story),
@@ -119,7 +130,9 @@ def is_held_out(prompt: str) -> bool:
     return zlib.crc32(prompt.encode()) % _HELD_OUT_SHARE == 0
 
 
-def draw(rng: random.Random, family: str, *, difficulty: float = 1.0, held_out: bool = False) -> Problem:
+def draw(
+    rng: random.Random, family: str, *, difficulty: float = 1.0, held_out: bool = False, nines: bool = False
+) -> Problem:
     """One problem of a family, from the held-out or from the training side of the split.
 
     Args:
@@ -127,11 +140,12 @@ def draw(rng: random.Random, family: str, *, difficulty: float = 1.0, held_out: 
         family: one of :data:`FAMILIES`, or "add three" or "sort".
         difficulty: 0 to 1, how much of the family's range of sizes is used.
         held_out: the side of the split.
+        nines: let many columns of an addition of two numbers sum to nine, so that they pass a carry on.
     """
     if family not in _FAMILIES:
         raise ValueError(f"draw: family={family!r} is unknown; there are {', '.join(_FAMILIES)}")
     while True:
-        prompt, answer = _FAMILIES[family][1](rng, difficulty)
+        prompt, answer = _FAMILIES[family][1](rng, difficulty, nines)
         if is_held_out(prompt) == held_out:
             return Problem(prompt, answer, family)
 
@@ -147,7 +161,10 @@ def held_out(n: int, seed: int = 0) -> list[Problem]:
 
 
 def training_stream(
-    seed: int, difficulty: Callable[[], float] = lambda: 1.0, families: Sequence[str] = tuple(_FAMILIES)
+    seed: int,
+    difficulty: Callable[[], float] = lambda: 1.0,
+    families: Sequence[str] = tuple(_FAMILIES),
+    nines: float = 0.0,
 ) -> Iterator[Problem]:
     """Training problems without end.
 
@@ -155,8 +172,10 @@ def training_stream(
         seed: of the whole stream.
         difficulty: asked before each problem for its difficulty, 0 to 1.
         families: those to draw from, each with its own share.
+        nines: share of the problems drawn with ``nines``, which the held-out ones never are.
     """
     rng = random.Random(seed)
     shares = [_FAMILIES[family][0] for family in families]
     while True:
-        yield draw(rng, rng.choices(families, shares)[0], difficulty=difficulty())
+        family, many = rng.choices(families, shares)[0], nines > 0 and rng.random() < nines
+        yield draw(rng, family, difficulty=difficulty(), nines=many)

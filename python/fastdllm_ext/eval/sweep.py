@@ -16,6 +16,8 @@ from fastdllm_ext.decoding import DEFAULT_THRESHOLD, RULES, GenerationConfig
 from fastdllm_ext.eval.opening import Run, Setting
 from fastdllm_ext.eval.statistics import Estimate, bootstrap
 from fastdllm_ext.generate import generate
+from fastdllm_ext.rules import RULES as RULES_BEYOND
+from fastdllm_ext.rules import parse as parse_rule
 
 __all__ = ["Result", "Sweep", "grid"]
 
@@ -28,6 +30,14 @@ REFRESHES: tuple[Setting, ...] = (
     {"refresh": 2}, {"refresh": 4}, {"window": [8, 8]}, {"window": [16, 16]},
     {"refresh": 4, "window": [8, 8]}, {"suffix": 0}, {"suffix": 32}, {"suffix": 64},
 )  # fmt: skip
+# Beside the defaults of each rule beyond the paper.
+POINTS = {
+    "frechet": ("factor=0.1", "factor=0.3", "factor=1.5"),
+    "entropy_bound": ("bound=0.01", "bound=0.5", "bound=1.0"),
+    "hierarchical": ("low=0.2", "low=0.7", "threshold=0.99:low=0.9"),
+    "klass": ("history=1", "kl=0.1:history=1", "threshold=0.5:history=1"),
+    "credit": ("threshold=0.5", "threshold=0.7", "threshold=0.99"),
+}
 GEN_LENGTHS = (64, 128, 256, 512, 1024)
 
 
@@ -94,8 +104,14 @@ def key_settings(gen_length: int, block_length: int) -> list[Setting]:
 
 
 def further_rules(quick: bool) -> list[str]:
-    """The rules beyond the paper, each at a few points of its range."""
-    return []
+    """The rules beyond the paper, each at a few points of its range; ``quick`` is each by its defaults.
+
+    A rule without points of its own here is taken by its defaults.
+    """
+    every = {name: [str(rule())] for name, rule in RULES_BEYOND.items()}
+    for name, points in POINTS.items():
+        every[name] += [str(parse_rule(f"{name}:{point}")) for point in points]
+    return [rule for found in every.values() for rule in dict.fromkeys(found[:1] if quick else found)]
 
 
 def identity(setting: Setting) -> str:
