@@ -11,6 +11,7 @@ import torch
 
 import fastdllm_ext as fd
 from fastdllm_ext.rules import RULES, parse
+from fastdllm_ext.rules.base import first_best
 from tiny import tiny_dream, tiny_llada
 
 ROW = torch.tensor([[4, 5, 6]])
@@ -84,3 +85,9 @@ def test_dream_takes_rules_where_it_takes_thresholds() -> None:
         model.diffusion_generate(ROW, alg="entropy", **settings)
     with pytest.raises(ValueError, match=r"rule=frechet:factor=2: takes no generation hooks"):
         model.diffusion_generate(ROW, generation_tokens_hook_func=lambda step, x, logits: x, **settings)
+
+
+def test_the_first_of_the_best_in_each_group() -> None:
+    score = torch.tensor([0.5, 1.0, 1.0, 0.25, 0.25, -1.0])
+    group = torch.tensor([3, 3, 3, 0, 0, 1])
+    assert first_best(score, group, 5).tolist() == [False, True, False, True, False, True]
