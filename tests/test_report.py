@@ -69,6 +69,16 @@ def test_a_whole_report_from_the_command_line(
     assert sum(row["problems"] for row in facts["prompt_lengths"]) == 3
     for row in rows:
         assert row["label"].replace("<", "&lt;") in page
+    # More problems for some settings: what is on record counts, and only those get more.
+    again = tmp_path / "again"
+    assert (
+        main([*argv[:-1], str(again), "--axes", "caches", "--tradeoff", "--limit", "2", "--more", "3"]) == 0
+    )
+    counts = {
+        row["label"]: row["problems"] for row in json.loads((again / "report.json").read_text())["settings"]
+    }
+    assert counts["none, one a step"] == counts["dual, threshold 0.9"] == 3
+    assert counts["dual, threshold 1"] == counts["none, threshold 0.9"] == 2
     # Once more: all is on record, so that the same samples come back.
     monkeypatch.setattr(drift, "measure", None)
     assert main([*argv, "--quick"]) == 0
@@ -97,6 +107,7 @@ def test_bad_calls_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["demo", "--chat"], "has no chat template"),
         (["demo", "--gen-length", "-1"], "gen_length=-1; takes 1 or more"),
         (["demo", "--batch-size", "0"], "batch_size=0; takes 1 or more"),
+        (["demo", "--limit", "9", "--more", "9"], "more=9; takes more than limit=9"),
     ):
         assert main(["report", *argv, *out]) == 2
         error = capsys.readouterr().err

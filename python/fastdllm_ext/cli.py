@@ -58,9 +58,9 @@ _LATER = {
 def _run_later(command: str, argv: Sequence[str]) -> int:
     """Runs a command whose module is imported for it; its complaints are one line."""
     module: Any = import_module(_LATER[command][0])
+    if not hasattr(module, "add_arguments"):  # hands its arguments on as they are
+        return int(module.run(argv))
     try:
-        if not hasattr(module, "add_arguments"):  # hands its arguments on as they are
-            return int(module.run(argv))
         parser = argparse.ArgumentParser(prog=f"fastdllm-ext {command}", description=_LATER[command][1])
         module.add_arguments(parser)
         return int(module.run(parser.parse_args(argv)))

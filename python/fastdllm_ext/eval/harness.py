@@ -716,7 +716,8 @@ def _load_remote(
     name = next((code[name] for name in ("AutoModel", "AutoModelForCausalLM") if name in code), None)
     if name is None or "AutoConfig" not in code:
         raise ValueError(f"trust_remote_code=True: {where} brings no modeling code; takes False")
-    config_class, model_class = (get_class_from_dynamic_module(n, where) for n in (code["AutoConfig"], name))
+    config_class: Any = get_class_from_dynamic_module(code["AutoConfig"], where)
+    model_class: Any = get_class_from_dynamic_module(name, where)
     config = config_class.from_pretrained(where)
     placing = {} if device_map is None else {"device_map": device_map}
     model = model_class.from_pretrained(where, config=config, **dtype_argument(dtype), **placing)

@@ -114,8 +114,8 @@ class Run:
         return replace(self, task=self.open_task(shots), conditions=self.conditions | {"shots": shots})
 
 
-def open_run(arguments: argparse.Namespace, shots: int | None = None) -> Run:
-    """Loads the model and opens the task.
+def open_run(arguments: argparse.Namespace, shots: int | None = None, problems: int | None = None) -> Run:
+    """Loads the model and opens the task, with ``problems`` in place of the arguments' ``limit``.
 
     Raises:
         ValueError, TypeError, OSError, ImportError: as :func:`fastdllm_ext.load` and :func:`open_task`; a
@@ -149,7 +149,7 @@ def open_run(arguments: argparse.Namespace, shots: int | None = None) -> Run:
     def task(examples: int | None) -> Task:
         return open_task(
             arguments.task or "demo",
-            arguments.limit,
+            arguments.limit if problems is None else problems,
             seed=arguments.seed,
             shots=examples,
             chat=chat if arguments.chat else None,

@@ -24,7 +24,7 @@ from fastdllm_ext.eval.opening import Run, add_run_arguments, open_run
 from fastdllm_ext.eval.page import render
 from fastdllm_ext.eval.sections import build_sections
 from fastdllm_ext.eval.summary import by_prompt_length, compared, comparison, summarise
-from fastdllm_ext.eval.sweep import AXES, Sweep, baseline, grid, identity, open_folder
+from fastdllm_ext.eval.sweep import AXES, Sweep, baseline, grid, identity, key_settings, open_folder
 
 Facts = dict[str, Any]
 Progress = Callable[..., Any]
@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument(
         "--quick", action="store_true", help=f"fewer settings, and {QUICK_PROBLEMS} problems at most"
     )
+    report.add_argument(
+        "--more", type=int, metavar="N",
+        help="problems for the settings that conclusions rest on: the baseline; and, with the dual cache, "
+        "threshold 0.9 and 0.99, factor 1, 16 and 32 tokens a step (as many as for all)",
+    )  # fmt: skip
     report.add_argument("--tradeoff", action="store_true", help="this part alone: accuracy against speed")
     report.add_argument(
         "--kv-similarity", action="store_true", help="this part alone: keys and values from step to step"
@@ -78,7 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.limit = min(arguments.limit, QUICK_PROBLEMS)
     every = ["tradeoff", *ANALYSES]
     wanted = [part for part in every if getattr(arguments, part)] or every
-    opened = open_run(arguments, arguments.shots[0])
+    if arguments.more is not None and arguments.more <= arguments.limit:
+        raise ValueError(f"more={arguments.more}; takes more than limit={arguments.limit}")
+    opened = open_run(arguments, arguments.shots[0], arguments.more)
     opened.check_fits(baseline(opened.gen_length, opened.block_length))
     out: Path = arguments.out
     open_folder(out, opened.conditions)
@@ -108,10 +115,13 @@ def measure_tradeoff(opened: Run, arguments: argparse.Namespace, out: Path) -> F
     sweep = Sweep(opened, out)
     settings = grid(opened.gen_length, opened.block_length, arguments.axes, arguments.quick)
     settings = [setting for setting in settings if opened.fits(setting)]
-    results = sweep.run(settings, bar("settings"))
+    results = sweep.run(settings, bar("settings"), arguments.limit)
+    found = {identity(result.setting): result for result in results}
+    sure = [s for s in key_settings(opened.gen_length, opened.block_length) if identity(s) in found]
+    further = sweep.run(sure, bar("key settings")) if arguments.more else []
+    summed = (found | {identity(result.setting): result for result in further}).values()
     families = [problem.family for problem in opened.task.problems]
     beside = {"gen_length": opened.gen_length, "block_length": opened.block_length}
-    found = {identity(result.setting): result for result in results}
 
     def table(n: int) -> list[Any]:
         return [found[identity(s)] for s in compared(n, opened.block_length) if identity(s) in found]
@@ -125,7 +135,7 @@ def measure_tradeoff(opened: Run, arguments: argparse.Namespace, out: Path) -> F
         chosen = [s for s in compared(opened.gen_length, opened.block_length) if other.fits(s)]
         shots.append((count, longer.run(chosen, bar(f"{count} shots"))))
     return {
-        "settings": summarise(results, families, beside),
+        "settings": summarise(list(summed), families, beside),
         "gen_lengths": [
             comparison(f"{n} tokens", rows) for n, rows in lengths if len(rows) == len(compared(n, 1))
         ],

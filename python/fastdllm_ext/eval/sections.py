@@ -63,15 +63,15 @@ def _tradeoff(facts: Facts) -> Iterator[Section]:
     yield {
         "title": "Every setting",
         "text": [
-            f"{c['problems']} problems, generation length {c['gen_length']}, block length "
-            f"{c['block_length']} where nothing else is said, batch {c['batch_size']}. Intervals: 95 %, "
-            "bootstrap over problems (of speed: over batches). Tokens count up to and including EOS. Loss: "
-            "the baseline's accuracy minus the setting's, and the most it is with 95 % confidence, both in "
-            "points. Same: answers equal to the baseline's. In bold, what no other setting beats."
+            f"Generation length {c['gen_length']}, block length {c['block_length']} where nothing else is "
+            f"said, batch {c['batch_size']}. Intervals: 95 %, bootstrap over problems (of speed: over "
+            "batches). Tokens count up to and including EOS. Loss: the baseline's accuracy minus the "
+            "setting's, and the most it is with 95 % confidence, both in points. Same: answers equal to "
+            "the baseline's. In bold, what no other setting beats."
         ],
         "table": {
-            "head": ["setting", "accuracy, %", "loss", "at most", "same, %", "tokens/s", "speed-up",
-                     "tokens/forward", "NFE"],
+            "head": ["setting", "problems", "accuracy, %", "loss", "at most", "same, %", "tokens/s",
+                     "speed-up", "tokens/forward", "NFE"],
             "rows": [_setting(row, base) for row in rows],
             "marked": [i for i, row in enumerate(rows) if row["on_front"]],
         },
@@ -82,6 +82,7 @@ def _setting(row: Facts, base: Facts) -> list[str]:
     speed = row["tokens_per_second"]
     return [
         row["label"],
+        str(row["problems"]),
         percent(row["accuracy"]),
         f"{100 * row['loss'][0]:.1f}",
         f"{100 * row['loss_at_most']:.1f}",
