@@ -10,6 +10,8 @@ import torch
 
 import fastdllm_ext as fd
 from fastdllm_ext import decoder
+from fastdllm_ext.rules import RULES
+from fastdllm_ext.rules.base import TorchRule
 from fastdllm_ext.runtime.block import BlockStep
 from fastdllm_ext.runtime.graphs import Rung, StepGraphs
 from test_generate import CACHES, random_rows, random_settings, random_tiny
@@ -69,6 +71,16 @@ def test_a_block_is_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert int(output.nfe) == 64
     assert len(turns) == 8
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_of_unmask_are_captured_and_no_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny_llada(), [torch.full((9,), 5), torch.full((3,), 6)]
+    settings: dict[str, Any] = {"gen_length": 32, "block_length": 16, "rule": name}
+    wanted = fd.generate(model, prompts, **settings)
+    graphs = pretend(monkeypatch)
+    assert_same(fd.generate(model, prompts, **settings), wanted)
+    assert bool(len(graphs)) != issubclass(RULES[name], TorchRule)
 
 
 def test_what_is_captured_keeps_no_pages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import torch
 
 import fastdllm_ext as fd
 from fastdllm_ext.rules import RULES, parse
-from tiny import tiny_dream, tiny_llada
+from fastdllm_ext.rules.base import first_best
+from tiny import EOS, PAD, tiny_dream, tiny_llada
 
 ROW = torch.tensor([[4, 5, 6]])
 each_rule = pytest.mark.parametrize("name", RULES)
@@ -84,3 +85,28 @@ def test_dream_takes_rules_where_it_takes_thresholds() -> None:
         model.diffusion_generate(ROW, alg="entropy", **settings)
     with pytest.raises(ValueError, match=r"rule=frechet:factor=2: takes no generation hooks"):
         model.diffusion_generate(ROW, generation_tokens_hook_func=lambda step, x, logits: x, **settings)
+
+
+@each_rule
+def test_a_row_ends_at_its_end_of_text(name: str) -> None:
+    """With the tokens that decoding on would give, and in fewer forwards."""
+    stopped = 0
+    for seed in range(6):
+        model = tiny_llada(seed)
+        with torch.no_grad():
+            model.model.transformer["ff_out"].weight[EOS] *= 2.5  # an EOS turns up early
+        settings: dict[str, Any] = {"gen_length": 48, "block_length": 12, "rule": name}
+        short, full = (fd.generate(model, ROW, stop_on_eos=stop, **settings) for stop in (True, False))
+        end = int(short.lengths[0])
+        assert end == int(full.lengths[0])
+        assert torch.equal(short.sequences[0, :end], full.sequences[0, :end])
+        assert (short.sequences[0, end:] == PAD).all()
+        assert short.nfe <= full.nfe
+        stopped += int(short.nfe < full.nfe)
+    assert stopped >= 2
+
+
+def test_the_first_of_the_best_in_each_group() -> None:
+    score = torch.tensor([0.5, 1.0, 1.0, 0.25, 0.25, -1.0])
+    group = torch.tensor([3, 3, 3, 0, 0, 1])
+    assert first_best(score, group, 5).tolist() == [False, True, False, True, False, True]

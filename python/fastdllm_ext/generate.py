@@ -93,7 +93,7 @@ def generate(
             need, for this call, in what :func:`fastdllm_ext.patch` was told.
         return_dict_in_generate: False returns ``sequences`` alone.
         **arguments: the fields of :class:`GenerationConfig`: ``gen_length``, ``block_length``,
-            ``steps``, ``threshold``, ``factor``, ``temperature``, ``cache``, ``stop_on_eos``, ``seed``, ...
+            ``steps``, ``threshold``, ``factor``, ``rule``, ``temperature``, ``cache``, ``seed``, ...
 
     Returns:
         A :class:`GenerationOutput`. Each row's tokens are those that it gets alone.
