@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import ROOT
+from common import ROOT, machine_facts
 from fastdllm_ext.eval import analysis_figures, figures
 from fastdllm_ext.eval.report import TRADEOFF_FIGURES
 from fastdllm_ext.eval.sections import build_sections
@@ -160,8 +159,12 @@ def main() -> None:
     arguments = parser.parse_args()
     kept = {name: arguments.results / f"{name}-cpu.json" for name in ("quality", "calibration")}
     for given, path in ((arguments.report, kept["quality"]), (arguments.calibration, kept["calibration"])):
-        if given is not None and given.resolve() != path.resolve():
-            shutil.copyfile(given, path)
+        if given is not None:
+            taken = {
+                "commit": machine_facts("cpu")["commit"],
+                **json.loads(given.read_text(encoding="utf-8")),
+            }
+            path.write_text(json.dumps(taken, indent=1) + "\n", encoding="utf-8")
     facts = json.loads(kept["quality"].read_text(encoding="utf-8"))
     calibration = kept["calibration"]
     found = json.loads(calibration.read_text(encoding="utf-8")) if calibration.exists() else None
