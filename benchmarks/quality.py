@@ -20,7 +20,7 @@ from typing import Any
 from common import ROOT, machine_facts
 from fastdllm_ext.eval import analysis_figures, figures
 from fastdllm_ext.eval.report import TRADEOFF_FIGURES
-from fastdllm_ext.eval.sections import build_sections
+from fastdllm_ext.eval.sections import build_sections, problems_said
 from fastdllm_ext.eval.summary import select
 
 Facts = dict[str, Any]
@@ -83,7 +83,7 @@ def page(facts: Facts, calibration: Facts | None, images: str) -> str:
         "# What the speed costs",
         "",
         *_wrapped(
-            f"The bundled demo model, judged: {c['problems']} held-out prompts (seed {c['seed']}), exact "
+            f"The bundled demo model, judged: {problems_said(facts)}, held out (seed {c['seed']}), exact "
             f"match of the whole answer, generation length {c['gen_length']}, block length "
             f"{c['block_length']}, {c['dtype']}, batch {c['batch_size']}, {c['machine']}, torch "
             f"{c['environment']['torch']}, {facts['date'][:10]}. Made by `benchmarks/quality.py` from "

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastdllm_ext.eval.sections import problems_said
+
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #888; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -30,7 +32,7 @@ def render(facts: dict[str, Any], folder: Path) -> str:
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p class=note>{html.escape(facts['date'])} · {html.escape(c['machine'])} · "
-        f"{c['problems']} problems, {html.escape(c['metric'])}</p>",
+        f"{problems_said(facts)}, {html.escape(c['metric'])}</p>",
     ]
     for section in facts["sections"]:
         parts.append(f"<h2>{html.escape(section['title'])}</h2>")

@@ -15,6 +15,14 @@ def build_sections(facts: Facts) -> list[Section]:
     return [section for key, make in makers.items() if key in facts for section in make(facts)]
 
 
+def problems_said(facts: Facts) -> str:
+    """How many problems there were, where some settings had more than others both numbers."""
+    counts = sorted({row["problems"] for row in facts.get("settings", ())})
+    if len(counts) < 2:
+        return f"{facts['conditions']['problems']:,} problems"
+    return f"{counts[-1]:,} problems for some settings, {counts[0]:,} for the others"
+
+
 def percent(triple: Sequence[float], digits: int = 1) -> str:
     """97.3 (96.1 to 98.2)."""
     value, low, high = (f"{100 * x:.{digits}f}" for x in triple)
