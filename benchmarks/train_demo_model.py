@@ -4,8 +4,8 @@
 
 The schedule is counted in steps and every random number comes from the seed, so a run does not depend on
 how fast the machine is. It needs a C++ compiler (torch.compile) and no GPU. ``--first-cycle 3`` begins with
-the weights in the folder and trains the third cycle alone; ``--measure-only`` keeps them and renews the
-measurements and the model card.
+the weights in the folder and trains the cycles from the third on; ``--measure-only`` keeps them and renews
+the measurements and the model card.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Phase(NamedTuple):
         difficulty_ramp: steps until problems have their full range of sizes.
         block_share: of rows in the block-wise form, at the start and after `block_ramp` steps.
         tokens: of a step's batch.
-        nines: share of additions most of whose columns sum to nine and so pass a carry on.
+        nines: share of additions with many columns that sum to nine and so pass a carry on.
         whole_share: of the block-wise rows, those of which the whole block is masked.
         focus: γ of the focal loss; 0 is cross-entropy.
         sizes: of the blocks, drawn alike.
@@ -79,26 +79,29 @@ class Phase(NamedTuple):
     warmup: int = 100
 
 
+_CAUTION = Phase(
+    steps=500,
+    families=("add", "story", "story", "story", "reverse"),  # a name's shares add up
+    peak_lr=2e-4,
+    decay_from=0.1,
+    difficulty_ramp=1,
+    block_share=(1.0, 1.0),
+    block_ramp=1,
+    tokens=3040,
+    nines=0.5,
+    whole_share=0.6,
+    focus=2.0,
+    sizes=(16, 32, 32, 32),
+    row_lengths=(64, 104, 152),
+    plain=True,
+    warmup=30,
+)
 PHASES = (
     Phase(3300, ("add", "add three", "story", "sort", "reverse"), 2.5e-3, 0.55, 800, (0.3, 0.8), 2500),
     Phase(1000, ("add", "story", "sort", "reverse"), 1.2e-3, 0.2, 1, (0.8, 0.8), 1),
-    Phase(
-        steps=500,
-        families=("add", "story", "story", "story", "reverse"),  # a name's shares add up
-        peak_lr=2e-4,
-        decay_from=0.1,
-        difficulty_ramp=1,
-        block_share=(1.0, 1.0),
-        block_ramp=1,
-        tokens=3040,
-        nines=0.5,
-        whole_share=0.6,
-        focus=2.0,
-        sizes=(16, 32, 32, 32),
-        row_lengths=(64, 104, 152),
-        plain=True,
-        warmup=30,
-    ),
+    _CAUTION,
+    _CAUTION._replace(steps=330, peak_lr=1.5e-4, decay_from=0.05),
+    _CAUTION._replace(steps=300, focus=4.0),
 )
 
 
@@ -443,11 +446,11 @@ The machines did other work at the same time; hence the minutes. The training te
 trained on; everything measured below is held out. Loss: masked-token cross-entropy weighted one over the
 number of masked tokens, over the whole response for a part of the rows and inside one block (clean on
 its left, masked on its right) for the others. Muon on the blocks' matrices, AdamW on the rest, in two
-cycles of which the second has fewer families. The third cycle starts from their weights and is about what
-a decoder with a threshold sees first: {whole:.0%} of its rows show a block in which all is masked,
-{nines:.0%} of its additions have many columns that sum to nine and so pass a carry on (those measured are
-drawn evenly), and the loss is a focal one (γ = {focus:g}), which is about the tokens that are hard. AdamW,
-float32. Weights are stored as bfloat16 and meant to be run in float32.
+cycles of which the second has fewer families. The later cycles are about what a decoder with a threshold
+sees first: {whole:.0%} of their rows show a block in which all is masked, {nines:.0%} of their additions
+have many columns that sum to nine and so pass a carry on (those measured are drawn evenly), and the loss is
+a focal one (γ = {focuses}), which is about the tokens that are hard. AdamW, float32.
+Weights are stored as bfloat16 and meant to be run in float32.
 
 **What a confidence means.** A focal loss makes a model understate how sure it is, on purpose: the same
 threshold lets fewer errors pass and costs more forwards. Of whole blocks of masks, with the right answer on
@@ -511,7 +514,7 @@ def card(out: Path, metrics: dict[str, Any]) -> str:
         ),
         whole=PHASES[-1].whole_share,
         nines=PHASES[-1].nines,
-        focus=PHASES[-1].focus,
+        focuses=", then ".join(f"{g:g}" for g in dict.fromkeys(p.focus for p in PHASES if p.focus)),
         calibration_rows="\n".join(
             f"| {c['from']:g} to {end:g} | {c['tokens']} | {100 * c['right']:.2f}% |"
             for c, end in zip(metrics["calibration"], (*CONFIDENCES[1:], 1), strict=True)
