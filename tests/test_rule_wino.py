@@ -282,6 +282,6 @@ def test_what_it_does_not_go_with_is_refused_by_name() -> None:
 
 
 def test_places_in_a_group() -> None:
-    score = torch.tensor([0.5, 1.0, 1.0, -0.25, 0.25, 0.25])
+    score = torch.tensor([0.5, 1.0, 1.0, 0.75, 2.25, 2.25])
     group = torch.tensor([0, 0, 0, 2, 2, 2])
     assert rank(score, group).tolist() == [2, 0, 1, 2, 0, 1]
