@@ -100,6 +100,14 @@ class SlowModel:
             found[0] = logits[0]
         return found
 
+    def without_token(self, tokens: Tensor, position: int, mask: int, visible: int) -> Tensor:
+        """Logits of a position that is a mask for this once: all others' keys and values are those kept."""
+        kept, tokens = list(self.kv), tokens.clone()
+        tokens[position] = mask
+        logits = self.forward(tokens, torch.arange(position - self.is_dream, position + 1), visible)[position]
+        self.kv = kept
+        return logits
+
 
 def kept_tokens(logits: Tensor, mask: int, top_p: float | None, top_k: int | None) -> Tensor:
     """Which tokens top-p and then top-k leave; the best candidate always, with those that equal it."""
@@ -180,6 +188,8 @@ def longest(costs: list[float], bound: float) -> tuple[int, float]:
 class SlowRule:
     """A rule that is no matter of ranks alone."""
 
+    verifies = False  # it may take tokens back
+
     def begin(self) -> None:
         """A block begins."""
 
@@ -191,6 +201,13 @@ class SlowRule:
         """Which masks are filled, of their confidences by position; and the narrowest decision.
 
         Where it chooses none, the most confident one is.
+        """
+        raise NotImplementedError
+
+    def revoke(self, held: dict[int, float], filled: int) -> tuple[set[int], float]:
+        """Which tokens are taken back, of the block's probabilities without themselves before the step.
+
+        filled: how many the step fills.
         """
         raise NotImplementedError
 
@@ -306,11 +323,23 @@ def slow_generate(
                     closest = min(closest, found[count][0] - found[count - 1][0])
                 filled = found[:count]
             closest = min(closest, *(f[3] for f in filled))
+            back: set[int] = set()
+            if slow_rule is not None and slow_rule.verifies:
+                held = {}
+                for p in range(begin + (net.is_dream and cache != "none"), stop) if step > 0 else ():
+                    if tokens[p] != mask and not given[p]:
+                        l = net.without_token(tokens, p, mask, visible).double()
+                        held[p] = float(torch.softmax(l, 0)[tokens[p]])
+                back, gap = slow_rule.revoke(held, len(filled))
+                closest = min(closest, gap)
             for negative, p, token, _ in filled:
                 tokens[p] = token
                 step_map[p - first], confidence[p - first] = nfe - 1, -negative
+            for p in back:
+                tokens[p], step_map[p - first], confidence[p - first] = mask, -1, 0.0
             step += 1
-            if stop_on_eos and finished_at() is not None:
+            final = slow_rule is None or not slow_rule.verifies
+            if final and stop_on_eos and finished_at() is not None:
                 break
         if stop_on_eos and finished_at() is not None:
             break

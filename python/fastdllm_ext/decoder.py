@@ -28,10 +28,11 @@ from fastdllm_ext.forward import Attention, Layout, Runs, dtype_of
 from fastdllm_ext.ops import Knob, Row, Rule
 from fastdllm_ext.patching.family import Family, Geometry
 from fastdllm_ext.patching.registry import patched_family, patched_options
-from fastdllm_ext.rules.base import Candidates, Memory, TorchRule, first_best
+from fastdllm_ext.rules.base import Candidates, Filled, Memory, TorchRule, first_best
 from fastdllm_ext.runtime import Fused, Modules, make_runtime
 from fastdllm_ext.runtime.block import STATE, BlockShape, BlockStep, addresses, graphs_of, guided
 from fastdllm_ext.runtime.graphs import batch_bucket, page_bucket
+from fastdllm_ext.shadows import Shadows, pages_of_shadows, private_pages
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,13 @@ class Step:
         queries: positions computed, whose keys and values are written.
         visible: positions attended to: [0, visible).
         candidates: where a mask may be filled.
+        verified: where a token may be taken back, if the rule does that; they have shadows.
     """
 
     queries: tuple[int, int]
     visible: int
     candidates: tuple[int, int]
+    verified: tuple[int, int] = (0, 0)
 
     @property
     def is_refresh(self) -> bool:
@@ -69,7 +72,8 @@ class DecodingRow:
 
     Attributes:
         index: its row in the decoder's tensors.
-        sequences: its number in the cache; with guidance, that of its prompt-less twin too.
+        sequences: its number in the cache; with guidance, that of its prompt-less twin too; with a rule that
+            verifies, that of its shadows' pages.
         first, end: positions of the answer, from the first mask to the end of the row.
         blocks: those that hold masks, from left to right.
         block: the block being filled.
@@ -98,19 +102,22 @@ class DecodingRow:
             served = min(self.block - self.block % every + every, len(self.blocks)) - 1
             visible = min(visible, self.blocks[served].end + config.suffix)
         whole = (block.begin, block.end)
+        verified = whole if config.selection.verifies and not self.fresh else (0, 0)
         if config.cache == "none":
-            return Step((0, visible), visible, whole)
+            return Step((0, visible), visible, whole, verified)
         # Where the logits of a block's first position come from the one before it, which the later steps do
-        # not compute, the first step fills that position and no other.
+        # not compute, the first step fills that position and no other, for good.
         fills = (block.begin, block.begin + 1) if self.fresh and shift else whole
         if self.fresh and self.block % every == 0:
             return Step((0, visible), visible, fills)
+        if shift and verified != (0, 0):
+            verified = (block.begin + 1, block.end)
         before, after = config.window
         begin = max(0, block.begin - before)
         if self.fresh:  # no refresh: the keys of the block before are those of its masks, and are made anew
             begin = min(begin, self.blocks[self.block - 1].begin)
         end = visible if config.cache == "prefix" else min(visible, block.end + after)
-        return Step((begin, end), visible, fills)
+        return Step((begin, end), visible, fills, verified)
 
 
 class TimeSteps:
@@ -146,15 +153,17 @@ class TimeSteps:
 class Plan:
     """Index tensors of one ragged forward; the same for every step of a block.
 
-    With guidance, the rows' twins follow them in the same order, so that T is twice the rows' queries.
+    With guidance, the rows' twins follow them in the same order, so that T is twice the rows' queries. Where
+    the rule verifies, their shadows do.
 
     Attributes:
         steps: what each row of the decoder computes.
         tokens: [T] int64, the queries' places in the flattened tokens.
         layout: positions, slots and offsets for the attention; it wants the outputs that the candidates'
-            logits come from, in their order (with guidance, then those of the twins).
+            logits come from, in their order (with guidance, then those of the twins), and the shadows'.
         candidates: [S] int64, positions that may be filled, as places in the flattened tokens.
         positions: [S] int64, the same positions within their rows.
+        hidden: [V] int64, queries that see a mask whatever stands at their places: shadows.
         shape: of the graph that can take its steps; None where none can.
     """
 
@@ -163,6 +172,7 @@ class Plan:
     layout: Layout
     candidates: Tensor
     positions: Tensor
+    hidden: Tensor
     shape: BlockShape | None
 
     @property
@@ -238,7 +248,12 @@ class Decoder:
         self._plan: Plan | None = None
         self.rows: list[DecodingRow] = []
         twins = 2 if config.cfg_scale else 1
-        sequences = cache.add(lengths * twins)  # last: from here on close() gives the pages back
+        shadows = [
+            pages_of_shadows(config, length - b[0].begin, self.family.shift, cache.page_size)
+            for b, length in zip(blocks, lengths, strict=True)
+        ]
+        needed = lengths * twins + [pages * cache.page_size for pages in shadows if pages]
+        sequences = cache.add(needed)  # last: from here on close() gives the pages back
         for b, length in enumerate(lengths):
             self.rows.append(
                 DecodingRow(b, tuple(sequences[b::count]), blocks[b][0].begin, length, blocks[b])
@@ -280,7 +295,7 @@ class Decoder:
             logits, positions = self._forward(plan, sum(counts))
         with self.timings.phase("selection"):
             if isinstance(self.rule, TorchRule):
-                self._choose(self.rule, logits, positions, counts)
+                self._choose(self.rule, plan, logits, positions, counts)
             else:
                 self._unmask(logits, positions, counts)
 
@@ -300,8 +315,12 @@ class Decoder:
             self.filtered,
         )
 
-    def _choose(self, rule: TorchRule, logits: Tensor, positions: Tensor, counts: list[int]) -> None:
-        """Lets `unmask` fill what it may, and takes back what the rule does not choose."""
+    def _choose(
+        self, rule: TorchRule, plan: Plan, logits: Tensor, positions: Tensor, counts: list[int]
+    ) -> None:
+        """Lets `unmask` fill what it may, and takes back what the rule does not choose, or revokes."""
+        filled = self._filled(plan, logits[len(positions) :]) if rule.verifies else None
+        logits = logits[: len(positions)]
         index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(logits.device)
         step = Candidates(
             logits=logits,
@@ -319,9 +338,21 @@ class Decoder:
             some = index.new_zeros(len(counts)).index_add_(0, index, chosen.long()) > 0
             chosen = chosen | (first_best(step.confidence, index, len(counts)) & ~some[index])
             self._take_back(index, positions, ~chosen)
+            if filled is not None:
+                self._take_back(filled.rows, filled.positions, rule.revoked(step, chosen, filled))
+
+    def _filled(self, plan: Plan, logits: Tensor) -> Filled:
+        """The positions that have shadows, and what their logits [V, vocab] say of the tokens there."""
+        places, width = plan.tokens[plan.hidden], self.tokens.shape[1]
+        rows, positions = places // width, places % width
+        tokens = self.tokens[rows, positions]
+        log_p = logits.float() / self.knobs[rows, Knob.SOFTMAX_TEMPERATURE, None]
+        p = (log_p.gather(1, tokens[:, None])[:, 0] - log_p.logsumexp(1)).exp()
+        stays = self.given[rows, positions] | (tokens == self.geometry.mask_id)
+        return Filled(rows, positions, p.masked_fill(stays, torch.inf))
 
     def _take_back(self, rows: Tensor, positions: Tensor, where: Tensor) -> None:
-        """Makes masks again of positions, those ``where`` is true; no token of theirs was ever there."""
+        """Makes masks again of positions, those ``where`` is true."""
         for kept, empty in ((self.tokens, self.geometry.mask_id), (self.step_map, -1), (self.confidence, 0)):
             kept[rows, positions] = kept[rows, positions].masked_fill(where, empty)
         self.state[:, Row.MASKS_LEFT].index_add_(0, rows, where.long())
@@ -363,12 +394,17 @@ class Decoder:
         return knobs
 
     def _forward(self, plan: Plan, masks: int) -> tuple[Tensor, Tensor]:
-        """Logits [masks, vocab] of the masks among the candidates, and their positions [masks]."""
+        """Logits [masks, vocab] of the masks among the candidates, and their positions [masks].
+
+        Behind these logits, those of the shadows.
+        """
         flat = self.tokens.view(-1)
         inputs = flat[plan.tokens]
         if self.config.cfg_scale:  # a twin sees nothing of what was given
             twins = inputs.view(2, -1)[1]
             twins.masked_fill_(self.given.view(-1)[plan.tokens].view(2, -1)[1], self.geometry.mask_id)
+        if len(plan.hidden):
+            inputs[plan.hidden] = self.geometry.mask_id
         self.attention.attend_over(plan.layout)
         hidden = self.runtime.hidden(inputs, self.attention)
         masked = flat[plan.candidates] == self.geometry.mask_id
@@ -376,9 +412,15 @@ class Decoder:
         return self._logits(hidden, plan, chosen).to(self.tokens.device), plan.positions[chosen]
 
     def _logits(self, hidden: Tensor, plan: Plan, chosen: Tensor) -> Tensor:
-        """[R, vocab] of the candidates chosen; with guidance, u + (1 + scale)(c - u), u being the twin's."""
-        hidden, twins = hidden[: len(plan.candidates)], hidden[len(plan.candidates) :]
+        """[R, vocab] of the candidates chosen; with guidance, u + (1 + scale)(c - u), u being the twin's.
+
+        [R + V, vocab] with V shadows.
+        """
         chosen = chosen.to(hidden.device)
+        if len(plan.hidden):
+            shadows = torch.arange(len(plan.candidates), len(hidden), device=hidden.device)
+            return self.runtime.head(hidden[torch.cat((chosen, shadows))])
+        hidden, twins = hidden[: len(plan.candidates)], hidden[len(plan.candidates) :]
         return guided(
             self.runtime.head,
             hidden[chosen],
@@ -420,19 +462,50 @@ class Decoder:
                 if lane == 0:
                     candidates.append(fill + row.index * width)
                     candidate_positions.append(fill)
-        visible = [steps[row.index].visible for row in active]
+        visible = [steps[row.index].visible for row in active] * (len(sequences) // len(active))
+        tables = [self.cache.block_table(sequences)]
+        shadows = self._shadows_of(active, steps, tables[0]) if self.rule.verifies else []
+        hidden = [torch.arange(0)]
+        for row, shadow in zip(active, shadows, strict=False):
+            count, each = shadow.positions.shape
+            first = torch.arange(count) * each + sum(lengths)
+            tokens.append((shadow.positions + row.index * width).flatten())
+            positions.append(shadow.positions.flatten())
+            slots.append(shadow.slots.flatten())
+            tables.append(shadow.tables)
+            visible += [steps[row.index].visible] * count
+            wanted.append(first)
+            outputs += [1] * count
+            lengths += [each] * count
+            hidden.append(first + each - 1)
         layout = Layout(
             positions=torch.cat(positions),
             slots=torch.cat(slots),
-            block_table=self.cache.block_table(sequences),
-            kv_lens=torch.tensor(visible * (len(sequences) // len(active)), dtype=torch.int32),
+            block_table=torch.cat(tables),
+            kv_lens=torch.tensor(visible, dtype=torch.int32),
             queries=Runs.of(lengths),
             wanted=torch.cat(wanted),
             outputs=Runs.of(outputs),
-            is_fresh=all(step.is_refresh for step in steps.values()),
+            is_fresh=all(step.is_refresh for step in steps.values()) and len(hidden) == 1,
+            private=private_pages(shadows, self.cache.page_size),
         ).to(device)
-        flat, fills, filled = (torch.cat(x).to(device) for x in (tokens, candidates, candidate_positions))
-        return Plan(steps, flat, layout, fills, filled, self._shape(active, layout))
+        flat, fills, filled, masked = (
+            torch.cat(x).to(device) for x in (tokens, candidates, candidate_positions, hidden)
+        )
+        return Plan(steps, flat, layout, fills, filled, masked, self._shape(active, layout))
+
+    def _shadows_of(self, active: list[DecodingRow], steps: dict[int, Step], tables: Tensor) -> list[Shadows]:
+        """Of each row."""
+        return [
+            Shadows.of(
+                steps[row.index].verified,
+                self.family.shift,
+                table,
+                self.cache.block_table(row.sequences[1:])[0].cpu(),
+                self.cache.page_size,
+            )
+            for row, table in zip(active, tables.cpu(), strict=True)
+        ]
 
     def _shape(self, active: list[DecodingRow], layout: Layout) -> BlockShape | None:
         """Of block steps after a block's first, if those of all rows are of one length; else None."""
@@ -460,7 +533,7 @@ class Decoder:
     def _advance(self, row: DecodingRow, state: list[int]) -> None:
         """Takes over what the device says of a row: block filled, row finished."""
         row.nfe, row.masks_left, row.fresh = state[Row.STEP], state[Row.MASKS_LEFT], False
-        if state[Row.EOS_AT] >= 0:
+        if state[Row.EOS_AT] >= 0 and (row.masks_left == 0 or not self.rule.verifies):
             row.done = True
         elif row.masks_left == 0:
             row.block += 1

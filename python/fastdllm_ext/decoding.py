@@ -119,6 +119,10 @@ class GenerationConfig:
             check_count("top_k", self.top_k)
         if self.cfg_scale != 0:
             check_number("cfg_scale", self.cfg_scale, "of 0 or more", 0, math.inf)
+            if self.selection.verifies:
+                raise ValueError(
+                    f"cfg_scale={self.cfg_scale}: rule={self.rule} verifies without guidance; takes 0"
+                )
         self._check_refresh()
         eos = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
         tokens = {
@@ -367,7 +371,8 @@ class Streamer(Protocol):
     """HuggingFace's streamer: the prompt, then finished tokens from left to right, then the end.
 
     A streamer with a method ``on_commit(commit: Commit)`` gets every commit as well, and may then be
-    used with more than one row.
+    used with more than one row. Of a rule that takes tokens back, a position may come again in a later
+    commit, which then holds; what was taken back is not reported.
     """
 
     def put(self, value: Tensor) -> None:

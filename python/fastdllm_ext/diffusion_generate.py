@@ -116,6 +116,10 @@ def diffusion_generate(
         )
     if hooks != (None, None) and config.rule is not None:
         raise ValueError(f"rule={config.rule}: takes no generation hooks, which change what it chose")
+    if published["output_history"] and config.selection.verifies:
+        raise ValueError(
+            f"rule={config.rule}: takes no output_history, which would not show what it took back"
+        )
     if hooks != (None, None) and config.cfg_scale:
         raise ValueError(f"cfg_scale={config.cfg_scale}: takes no generation hooks")
     copies = published["num_return_sequences"]

@@ -46,6 +46,25 @@ class Runs:
 
 
 @dataclass(frozen=True)
+class Private:
+    """Pages that hold what others hold, but for some keys and values of their own.
+
+    Attributes:
+        sources, copies: [pairs] int64, pages.
+        pages, offsets: [n] int64, places in the copies whose keys and values are their own.
+    """
+
+    sources: Tensor
+    copies: Tensor
+    pages: Tensor
+    offsets: Tensor
+
+    def to(self, device: torch.device) -> Private:
+        """The same on another device."""
+        return Private(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+@dataclass(frozen=True)
 class Layout:
     """T query tokens of B sequences, where their keys lie, and which of their outputs are wanted.
 
@@ -58,6 +77,7 @@ class Layout:
         wanted: [W] int64, queries whose hidden states come out, sequence by sequence.
         outputs: the W of them.
         is_fresh: all keys that are attended to are those of the queries.
+        private: pages to be filled in each layer before they are read, if there are any.
     """
 
     positions: Tensor
@@ -68,11 +88,14 @@ class Layout:
     wanted: Tensor
     outputs: Runs
     is_fresh: bool
+    private: Private | None = None
 
     def to(self, device: torch.device) -> Layout:
         """The same on another device."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "is_fresh"}
-        return Layout(is_fresh=self.is_fresh, **{name: part.to(device) for name, part in parts.items()})
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Layout(
+            **{name: part.to(device) if hasattr(part, "to") else part for name, part in parts.items()}
+        )
 
 
 def whole_rows(
@@ -143,6 +166,8 @@ class Attention:
         [T or W, heads, head_dim] -> [T or W, heads * head_dim].
         """
         at = self._layouts[self.cache.devices[layer]]
+        if at.private is not None:
+            self._fill(layer, at.private)
         runs = at.outputs if wanted else at.queries
         pages, scales, scale = self.cache.layer(layer), self.cache.scales(layer), self.head_dim**-0.5
         if at.is_fresh and q.is_cuda:
@@ -151,6 +176,15 @@ class Attention:
             q, *pages, at.block_table, at.kv_lens, runs.cu, runs.longest, scale, *scales
         )
         return out.flatten(-2)
+
+    def _fill(self, layer: int, private: Private) -> None:
+        """Copies pages around the keys and values that queries have written into the copies."""
+        for pages in (*self.cache.layer(layer), *self.cache.scales(layer)):
+            if pages is not None:
+                numbers = pages.view(torch.uint8) if pages.dtype == FP8 else pages
+                own = numbers[private.pages, :, private.offsets]
+                ops.copy_pages(pages[None], private.sources, private.copies)
+                numbers[private.pages, :, private.offsets] = own
 
 
 def library_attention(

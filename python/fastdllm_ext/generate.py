@@ -32,6 +32,7 @@ from fastdllm_ext.decoding import (
 )
 from fastdllm_ext.forward import device_of, evaluating
 from fastdllm_ext.patching.registry import patched_family, patched_options, unwrapped
+from fastdllm_ext.shadows import pages_of_shadows
 
 __all__ = ["generate"]
 
@@ -167,6 +168,9 @@ def opened(
     if not geometry.eos_ids:
         config = replace(config, stop_on_eos=False)
     lengths = [len(row) for row in rows] * (2 if config.cfg_scale else 1)
+    for prompt, row in zip(prompts, rows, strict=True):
+        answer = len(row) - (0 if config.infill else len(prompt))
+        lengths += [1] * pages_of_shadows(config, answer, family.shift)  # a page each
     kv_cache = open_cache(kv_cache, geometry, lengths, parts, patched_options(model))
 
     decoder = decoder_class(model, geometry, config, kv_cache, rows, row_seeds(config, len(rows)))

@@ -14,6 +14,7 @@ from fastdllm_ext.ops import Knob, Row
 from fastdllm_ext.patching.registry import patched_family, patched_options, unwrapped
 from fastdllm_ext.rope import table_length
 from fastdllm_ext.runtime import Widths, choose_runtime
+from fastdllm_ext.shadows import pages_of_shadows
 
 __all__ = ["memory_needed"]
 
@@ -33,7 +34,8 @@ def memory_needed(
     Args:
         model: a patched model, on any device ("meta" too); its linear layers have ``out_features``.
         lengths: positions of each row, prompt and answer together.
-        config: of which ``gen_length``, ``block_length``, ``rule``, ``cfg_scale`` and ``infill`` count.
+        config: of which ``gen_length``, ``block_length``, ``rule``, ``cfg_scale``, ``infill`` and, where the
+            rule verifies, ``cache`` count.
 
     Returns:
         ``pages``: keys and values, in the dtype that :func:`patch` was told. A ``kv_cache`` that is given to
@@ -51,17 +53,25 @@ def memory_needed(
     twins = 2 if config.cfg_scale else 1
     answers: Any = lengths if config.infill else config.gen_length
     answers = [answers] * len(lengths) if isinstance(answers, int) else answers
-    queries = twins * sum(lengths)
+    rule = config.selection
     blocks = [min(config.block_length, count, length) for count, length in zip(answers, lengths, strict=True)]
     masks = sum(blocks)
+    queries = twins * sum(lengths)
     pages = PagedKVCache.pages_for(list(lengths) * twins)
+    shadows = masks if rule.verifies else 0
+    if rule.verifies:
+        each = 1 + int(family.shift)  # queries of a shadow
+        steps = lengths if config.cache == "none" else answers if config.cache == "prefix" else blocks
+        queries = sum(max(n, s + each * b) for n, s, b in zip(lengths, steps, blocks, strict=True))
+        pages += sum(pages_of_shadows(config, answer, family.shift) for answer in answers)
 
     widths, options = Widths.of(parts), patched_options(model)
     runtime = choose_runtime(options, family, parts)
     dtype, _ = place_of_keys(parts, options)
     page = PagedKVCache.page_bytes(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, dtype)
-    logits = masks * (twins * (2 * widths.hidden + geometry.vocab_size) * widths.size + _CANDIDATE)
-    rule = config.selection
+    logits = (masks + shadows) * (
+        twins * (2 * widths.hidden + geometry.vocab_size) * widths.size + _CANDIDATE
+    )
     copy = 4 if rule.scratch and widths.size < 4 else 0  # of the logits, in float32
     logits += masks * geometry.vocab_size * (rule.scratch + copy)
     found = {

@@ -140,7 +140,7 @@ def _steps_of_row(decoder: Decoder, row: DecodingRow, prompt: int) -> Iterator[T
 
 
 def require_greedy(config: GenerationConfig) -> None:
-    """ValueError unless the settings draw nothing by chance and read the model's own logits."""
+    """ValueError unless the settings draw nothing by chance, take the model's logits and nothing back."""
     for name, off in (
         ("temperature", 0),
         ("alg_temp", 0),
@@ -152,6 +152,8 @@ def require_greedy(config: GenerationConfig) -> None:
             raise ValueError(f"{name}={getattr(config, name)!r}; an analysis takes {off}")
     if config.remasking == "random":
         raise ValueError("remasking='random'; an analysis takes a confidence of the model's")
+    if config.selection.verifies:
+        raise ValueError(f"rule={config.rule}: takes tokens back; an analysis takes a rule that does not")
 
 
 def conditions(model: nn.Module, prompts: Sequence[Tensor], config: GenerationConfig) -> dict[str, Any]:

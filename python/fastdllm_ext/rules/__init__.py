@@ -14,11 +14,12 @@ from fastdllm_ext.rules.entropy_bound import EntropyBound
 from fastdllm_ext.rules.frechet import Frechet
 from fastdllm_ext.rules.hierarchical import Hierarchical
 from fastdllm_ext.rules.klass import Klass
+from fastdllm_ext.rules.wino import Wino
 
-__all__ = ["RULES", "Credit", "EntropyBound", "Frechet", "Hierarchical", "Klass", "Rule", "parse"]
+__all__ = ["RULES", "Credit", "EntropyBound", "Frechet", "Hierarchical", "Klass", "Rule", "Wino", "parse"]
 
 RULES: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (Frechet, EntropyBound, Hierarchical, Klass, Credit)
+    rule.name: rule for rule in (Frechet, EntropyBound, Hierarchical, Klass, Credit, Wino)
 }
 
 

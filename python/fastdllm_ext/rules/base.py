@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdllm_ext import ops
 from fastdllm_ext.checks import check_count, check_number
 
-__all__ = ["Candidates", "Memory", "Rule", "TorchRule", "count", "first_best", "number"]
+__all__ = ["Candidates", "Filled", "Memory", "Rule", "TorchRule", "count", "first_best", "number", "rank"]
 
 
 def number(default: float, allowed: str, low: float, high: float = math.inf) -> Any:
@@ -40,6 +40,7 @@ class Rule:
         op: the rule of :func:`fastdllm_ext.ops.unmask` that commits.
         kept: bytes that it keeps for each row, position of a block and token.
         scratch: bytes for each candidate and token that exist for a moment beside float32 logits.
+        verifies: steps also see each token of the block without itself, and may take tokens back.
     """
 
     name: ClassVar[str]
@@ -47,6 +48,7 @@ class Rule:
     op: ClassVar[ops.Rule]
     kept: ClassVar[int] = 0
     scratch: ClassVar[int] = 0
+    verifies: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -123,6 +125,22 @@ class Candidates:
     confidence: Tensor
 
 
+@dataclass
+class Filled:
+    """The positions of the rows' blocks that a step has seen without their own tokens, row by row.
+
+    Attributes:
+        rows: [V] int64, the row of each.
+        positions: [V] int64, in its row.
+        confidence: [V] float32, the probability of the token that stands there, by what stands around it
+            before the step; infinite where none stands there, or one that was given.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    confidence: Tensor
+
+
 @dataclass(frozen=True)
 class TorchRule(Rule):
     """A rule of which a part is plain torch, around `unmask`; its steps run without CUDA graphs.
@@ -147,6 +165,24 @@ class TorchRule(Rule):
         None: all that `unmask` committed.
         """
         return None
+
+    def revoked(self, step: Candidates, chosen: Tensor, filled: Filled) -> Tensor:
+        """[V] bool: what the step takes back, of a rule that ``verifies``; chosen [R] is what it fills.
+
+        That every block comes to its end is the rule's business.
+        """
+        raise NotImplementedError
+
+
+def rank(score: Tensor, group: Tensor) -> Tensor:
+    """[R] int64: how many of its group come before each by falling score, the first of equals before others.
+
+    group [R] rises.
+    """
+    order = score.argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return place - torch.searchsorted(group, group)
 
 
 def first_best(score: Tensor, group: Tensor, groups: int) -> Tensor:
