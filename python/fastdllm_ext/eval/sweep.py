@@ -37,6 +37,7 @@ POINTS = {
     "hierarchical": ("low=0.2", "low=0.7", "threshold=0.99:low=0.9"),
     "klass": ("history=1", "kl=0.1:history=1", "threshold=0.5:history=1"),
     "credit": ("threshold=0.5", "threshold=0.7", "threshold=0.99"),
+    "wino": ("draft=0.3", "draft=0.8", "draft=0.6:verify=0.7"),
 }
 GEN_LENGTHS = (64, 128, 256, 512, 1024)
 
