@@ -124,7 +124,7 @@ def test_one_token_a_step_is_never_parallel() -> None:
 
 def test_the_demo_model_within_the_bound() -> None:
     """Trained to convergence on regular answers, it is consistent enough to agree with itself there."""
-    model, prompts = demo_prompts(2)
+    model, prompts = demo_prompts(4)
     found = theorem.measure(model, prompts, max_steps=2, gen_length=32, block_length=16, threshold=0.9)
     inside = found["caches"]["none"]["groups"]["inside"]
     assert inside["agree"] == inside["checked"] == 2
