@@ -60,7 +60,8 @@ def _bars(triples: Sequence[Sequence[float]]) -> list[list[float]]:
 
 def plot_tradeoff(facts: dict[str, Any], path: Path) -> None:
     """Accuracy against tokens per second; the settings that no other beats are numbered and named."""
-    rows = facts["settings"]
+    length = facts["conditions"]["gen_length"]
+    rows = [row for row in facts["settings"] if row["setting"]["gen_length"] == length]
     figure, (axis, names) = plt.subplots(1, 2, figsize=(10.5, 5.6), width_ratios=(3, 1.25), layout=_room())
     for row in rows:
         speed, right = row["tokens_per_second"], _percent(row["accuracy"])
@@ -70,7 +71,7 @@ def plot_tradeoff(facts: dict[str, Any], path: Path) -> None:
             color=shade, markersize=5.5, markeredgecolor="black" if row["on_front"] else shade,
             elinewidth=0.5, ecolor="#cccccc", zorder=3 if row["on_front"] else 2,
         )  # fmt: skip
-    front = [row for row in rows if row["on_front"]]
+    front = sorted((row for row in rows if row["on_front"]), key=lambda row: row["tokens_per_second"][0])
     axis.plot(
         [row["tokens_per_second"][0] for row in front],
         [100 * row["accuracy"][0] for row in front],
@@ -99,7 +100,7 @@ def plot_tradeoff(facts: dict[str, Any], path: Path) -> None:
     ]
     title = "No other setting is faster and more accurate:\n\n"
     names.text(0, 1, title + "\n".join(lines), va="top", fontsize=7.5, transform=names.transAxes)
-    figure.suptitle("Accuracy against speed", fontsize=11, x=0.01, ha="left")
+    figure.suptitle(f"Accuracy against speed, generation length {length}", fontsize=11, x=0.01, ha="left")
     _finish(figure, facts, path)
 
 

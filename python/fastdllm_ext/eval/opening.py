@@ -186,4 +186,4 @@ def open_run(arguments: argparse.Namespace, shots: int | None = None, problems: 
 def _machine(environment: dict[str, Any], device: torch.device) -> str:
     if device.type == "cuda":
         return str(environment["gpus"][device.index or 0])
-    return f"{environment['threads']} threads of {environment['cpu']}"
+    return f"{environment['cpu']}, threads: {environment['threads']}"
