@@ -1,7 +1,7 @@
 """What does the speed cost? docs/quality.md and its pictures, from the JSON of a report and of a calibration.
 
-    fastdllm-ext report demo --limit 200 --more 1000 --seed 1 --out build/quality
-    fastdllm-ext calibrate demo --limit 1000 --seed 2 --out build/calibrated
+    fastdllm-ext report demo --limit 200 --more 1000 --seed 7 --out build/quality
+    fastdllm-ext calibrate demo --limit 1000 --seed 8 --out build/calibrated
     python benchmarks/quality.py --report build/quality/report.json \
       --calibration build/calibrated/calibration/calibration.json
 
