@@ -662,7 +662,8 @@ SCORED: list[Any] = [*itertools.product(Rule, KEPT[:1]), *itertools.product([Rul
 @pytest.mark.parametrize("rule, kept", SCORED, ids=str)
 @pytest.mark.parametrize("score", [Score.PROBABILITY, Score.MARGIN, Score.ENTROPY])
 def test_scores_against_reference(backend: Backend, rule: Rule, score: Score, kept: dict) -> None:
-    value = {Rule.QUOTA: 0.0, Rule.THRESHOLD: -1.0 if score == Score.ENTROPY else 0.4, Rule.FACTOR: 2.0}
+    value = {Rule.QUOTA: 0.0, Rule.THRESHOLD: -1.0 if score == Score.ENTROPY else 0.4, Rule.FACTOR: 2.0,
+             Rule.FRECHET: 2.0, Rule.ENTROPY_BOUND: 1.0}  # fmt: skip
     masks = [2, 0, 1] if backend.name == "simt" else [9, 0, 1]
     for dtype, vocab in itertools.product(backend.dtypes, [11, 1000, 8197]):
         if backend.name == "simt" and vocab == 1000 and kept:
