@@ -160,6 +160,9 @@ def test_a_summary_names_what_is_lost_and_what_nothing_beats() -> None:
     ]
     rows = summary.summarise(results, ["a", "b"] * 10, {"gen_length": 8, "block_length": 4})
     assert [row["on_front"] for row in rows] == [True, True, False]
+    shorter = result(SETTINGS[1] | {"gen_length": 4}, [1.0] * 20, 0.1)  # another task: it beats nothing
+    again = summary.summarise([*results, shorter], ["a"] * 20, {"gen_length": 8, "block_length": 4})
+    assert [row["on_front"] for row in again] == [True, True, False, False]
     assert [row["accuracy"][0] for row in rows] == [0.95, 0.9, 0.75]
     assert [row["loss"][0] for row in rows] == pytest.approx([0.0, 0.05, 0.2])
     assert rows[1]["loss_at_most"] > 0.05
