@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
 import inspect
@@ -14,19 +13,24 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer, PretrainedConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import AutoTokenizer
 
 import fastdllm_ext as fd
 from fastdllm_ext.checks import check_count
-from fastdllm_ext.compat import dtype_argument
 from fastdllm_ext.eval import NEEDS
+from fastdllm_ext.eval.harness_arguments import (
+    as_dtype,
+    as_rows,
+    checked,
+    join_processes,
+    load_remote,
+    parsed,
+)
 from fastdllm_ext.eval.throughput import Answer, Throughput, summary
 from fastdllm_ext.forward import device_of
 from fastdllm_ext.generate import defaults_of
@@ -135,18 +139,18 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
                 raise TypeError(f"{name}={flag!r}; takes True or False")
         if add_bos_token not in (None, True, False):
             raise TypeError(f"add_bos_token={add_bos_token!r}; takes True, False or None")
-        self.batch_size = _batch_size(batch_size)
+        self.batch_size = as_rows(batch_size)
         self.max_batch_size = 64 if max_batch_size is None else max_batch_size
         check_count("max_batch_size", self.max_batch_size)
         self.add_bos_token = add_bos_token
         self.mc_samples, self.mc_batch_size, self.is_greedy = mc_samples, mc_batch_size, is_greedy
-        values = {name: _parsed(value) for name, value in arguments.items()}
+        values = {name: parsed(value) for name, value in arguments.items()}
         saved = None if generation_config is None else fd.GenerationConfig.from_pretrained(generation_config)
         self.asked = set(FIELDS) if saved is not None else set(values)
         if "max_new_tokens" in values:
             self.asked.add("gen_length")
 
-        self.accelerator = _accelerator(device)
+        self.accelerator = join_processes(device)
         if self.accelerator is not None:
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if isinstance(pretrained, nn.Module):
@@ -158,8 +162,8 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
             self.model, own = fd.patch(pretrained), None
         else:
             place = {"device": self._place(device)} if device_map is None else {"device_map": device_map}
-            load = _load_remote if trust_remote_code else fd.load
-            self.model, own = load(pretrained, dtype=_dtype(dtype), **place)
+            load = load_remote if trust_remote_code else fd.load
+            self.model, own = load(pretrained, dtype=as_dtype(dtype), **place)
         fd.patch(self.model, runtime=runtime, quantization=quantization, kv_cache_dtype=kv_cache_dtype)
         if isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
@@ -180,7 +184,7 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         base = defaults_of(inner) if saved is None else saved
         if saved is None and "gen_length" not in base.to_dict():
             base = dataclasses.replace(base, gen_length=DEFAULT_GEN_LENGTH)
-        self.config = _checked(fd.GenerationConfig.build(base, values))
+        self.config = checked(fd.GenerationConfig.build(base, values))
         self.eot_ids = geometry.eos_ids
         self.special_tokens = {
             str(token): number
@@ -419,11 +423,11 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         if not self.asked & set(SAMPLING):
             values |= self._sampling(do_sample, theirs)
         for name in [name for name in kwargs if name in FIELDS]:
-            values[name] = _parsed(kwargs.pop(name))
+            values[name] = parsed(kwargs.pop(name))
         for name, value in kwargs.items():
             if value is not None and name not in LENGTHS:
                 self._warn_once(f"gen_kwargs: {name}={value!r} means nothing to a diffusion model; ignored")
-        config = _checked(fd.GenerationConfig.build(self.config, values))
+        config = checked(fd.GenerationConfig.build(self.config, values))
         if self._length(config) >= self.max_length:
             raise ValueError(
                 f"gen_length={config.gen_length}: leaves no room for a prompt within max_length, "
@@ -521,7 +525,7 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
 
     @staticmethod
     def _length(config: fd.GenerationConfig) -> int:
-        assert isinstance(config.gen_length, int)  # _checked
+        assert isinstance(config.gen_length, int)  # by checked
         return config.gen_length
 
     # --- Likelihood --------------------------------------------------------------------------------
@@ -653,90 +657,3 @@ def refuse_unknown(arguments: Mapping[str, Any]) -> None:
             f"fastdllm: unknown model arguments {', '.join(map(repr, unknown))}; takes "
             f"{', '.join([*own, *FIELDS])}"
         )
-
-
-def _checked(config: fd.GenerationConfig) -> fd.GenerationConfig:
-    """TypeError or ValueError where a setting is none for many prompts of unequal length."""
-    for name in ("gen_length", "seed"):
-        value = getattr(config, name)
-        if isinstance(value, (list, tuple)):
-            raise TypeError(f"{name}={value!r}; an evaluation takes one int for all requests")
-    if config.infill:
-        raise ValueError("infill=True: a task's prompts hold no masks; an evaluation takes False")
-    return config
-
-
-def _parsed(value: Any) -> Any:
-    """A setting that came as text: numbers, tuples, True, False and None; other text stays as it is."""
-    if not isinstance(value, str):
-        return value
-    words: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None, "": None}
-    if value.strip().lower() in words and value.strip() != "none":
-        return words[value.strip().lower()]
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
-
-
-def _batch_size(value: int | str | None) -> int | str:
-    if value is None:
-        return 1
-    if isinstance(value, str):
-        if value.split(":")[0] == "auto":
-            return "auto"
-        if not value.isdecimal():
-            raise ValueError(f"batch_size={value!r}; takes a number of rows, or 'auto'")
-        value = int(value)
-    check_count("batch_size", value)
-    return value
-
-
-def _dtype(value: torch.dtype | str) -> torch.dtype | str:
-    if isinstance(value, torch.dtype) or value == "auto":
-        return value
-    found = getattr(torch, str(value).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype={value!r}; takes 'auto', 'float32', 'bfloat16' or 'float16'")
-    return found
-
-
-def _load_remote(
-    where: Any, *, dtype: torch.dtype | str, device: str = "auto", device_map: Any = None
-) -> tuple[Any, Any]:
-    """A checkpoint through the modeling code that it brings along, patched; and its tokenizer.
-
-    Not through AutoModel, which prefers our own classes from the moment on that they are imported.
-
-    Raises:
-        ValueError: it brings none.
-    """
-    settings, _ = PretrainedConfig.get_config_dict(where)
-    code: dict[str, str] = settings.get("auto_map") or {}
-    name = next((code[name] for name in ("AutoModel", "AutoModelForCausalLM") if name in code), None)
-    if name is None or "AutoConfig" not in code:
-        raise ValueError(f"trust_remote_code=True: {where} brings no modeling code; takes False")
-    config_class: Any = get_class_from_dynamic_module(code["AutoConfig"], where)
-    model_class: Any = get_class_from_dynamic_module(name, where)
-    config = config_class.from_pretrained(where)
-    placing = {} if device_map is None else {"device_map": device_map}
-    model = model_class.from_pretrained(where, config=config, **dtype_argument(dtype), **placing)
-    if device_map is None:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = model.to(device)
-    return fd.patch(model.eval()), AutoTokenizer.from_pretrained(where, trust_remote_code=True)
-
-
-def _accelerator(device: Any) -> Any:
-    """What joins this process to the others of accelerate or torchrun; None where it is alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return None
-    try:
-        from accelerate import Accelerator, InitProcessGroupKwargs
-    except ImportError as error:
-        raise ImportError("several processes need the accelerate package: pip install accelerate") from error
-    # The processes wait for the slowest, whose answers may take hours longer than torch's minutes.
-    patience = InitProcessGroupKwargs(timeout=timedelta(weeks=1))
-    cpu = str(device).startswith("cpu") or not torch.cuda.is_available()
-    return Accelerator(cpu=cpu, kwargs_handlers=[patience])
