@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 
-from fastdllm_ext.eval.figures import SHADES
+from fastdllm_ext.eval.figures import SHADES, save
 
 MARKERS = {"none": "^", "prefix": "s", "dual": "o"}
 MAP = "cividis"
@@ -316,21 +316,18 @@ def _plot_agreement(axis: Any, found: dict[str, Any]) -> None:
 
 def _finish(figure: Any, result: dict[str, Any], path: Path, title: str, conditions: str) -> None:
     for axis in figure.axes:
-        axis.tick_params(labelsize=8)
         axis.xaxis.label.set_size(8)
         axis.yaxis.label.set_size(8)
     c = result["conditions"]
     figure.suptitle(f"{title}\n{conditions}", fontsize=9, x=0.01, ha="left")
     kept = "" if c["kv_cache_dtype"] == c["dtype"] else f", keys and values in {c['kv_cache_dtype']}"
     shortest, longest = c["prompt_tokens"]
-    figure.text(
-        0.006, 0.006,
+    save(
+        figure,
         f"{result['model']}, {c['dtype']}{kept}; {c['prompts']} prompts of {shortest} to {longest} "
         f"tokens, generation length {c['gen_length']}, block length {c['block_length']}",
-        fontsize=7, color="#444444",
-    )  # fmt: skip
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        path,
+    )
 
 
 # Of each part of a report: the names of its pictures.

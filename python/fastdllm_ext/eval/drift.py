@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdllm_ext.checks import check_count
 from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.eval.statistics import wilson
-from fastdllm_ext.eval.steps import TakenStep, conditions, require_greedy, taken_steps
+from fastdllm_ext.eval.steps import TakenStep, conditions, result, settings_of, taken_steps
 from fastdllm_ext.eval.uncached import Scores, score_rows
 from fastdllm_ext.ops import Row, Rule
 from fastdllm_ext.reference import selected
@@ -72,15 +71,9 @@ def measure(
     Raises:
         ValueError: settings that sample, guide or truncate; a rule that is not `unmask`'s alone; no prompt.
     """
-    check_count("max_steps", max_steps)
-    if "cache" in settings:
-        raise ValueError(f"cache={settings['cache']!r}; takes caches=...")
-    base = GenerationConfig.build(None, settings)
-    require_greedy(base)
+    base = settings_of(prompts, max_steps, settings)
     if isinstance(base.selection, TorchRule):
         raise ValueError(f"rule={base.rule}: chooses by more than ranks; drift takes one that does not")
-    if not prompts:
-        raise ValueError("prompts holds none; takes one or more")
     found = {}
     for cache in caches:
         config = replace(base, cache=cache)
@@ -98,12 +91,7 @@ def measure(
             "by_block": _groups(block_steps, lambda s: s.block, lambda i: (i, i)),
         }
     limits = {"max_steps": max_steps, "batch_size": batch_size, "seed": seed}
-    return {
-        "analysis": "drift",
-        "model": name or type(model).__name__,
-        "conditions": conditions(model, prompts, base) | limits,
-        "caches": found,
-    }
+    return result("drift", model, name, conditions(model, prompts, base) | limits, found)
 
 
 def _draw(rng: random.Random, steps: list[TakenStep], most: int) -> list[TakenStep]:

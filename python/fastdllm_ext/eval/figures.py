@@ -38,14 +38,20 @@ def _rule(row: Row) -> str:
 def _finish(figure: Any, facts: dict[str, Any], path: Path) -> None:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
     c = facts["conditions"]
-    figure.text(
-        0.005, 0.004,
+    save(
+        figure,
         f"{c['model_name']}, {c['task']} ({c['metric']}), {c['dtype']}, batch {c['batch_size']}, "
         f"{c['machine']}; bars: 95 % intervals over problems",
-        fontsize=7, color="#555555",
-    )  # fmt: skip
+        path,
+    )
+
+
+def save(figure: Any, conditions: str, path: Path) -> None:
+    """Writes a picture with a line below it that says what it holds for."""
+    for axis in figure.axes:
+        axis.tick_params(labelsize=8)
+    figure.text(0.005, 0.005, conditions, fontsize=7, color="#555555")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastdllm_ext.checks import check_count
 from fastdllm_ext.decoder import Decoder, DecodingRow
 from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.eval.sweep import rule_label
@@ -20,7 +21,7 @@ from fastdllm_ext.generate import opened
 from fastdllm_ext.ops import Knob, Row
 from fastdllm_ext.patching.registry import patched_family, patched_options, unwrapped
 
-__all__ = ["TakenStep", "conditions", "require_greedy", "taken_steps"]
+__all__ = ["TakenStep", "conditions", "require_greedy", "result", "settings_of", "taken_steps"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,34 @@ def _steps_of_row(decoder: Decoder, row: DecodingRow, prompt: int) -> Iterator[T
         step = at.next_step(decoder.config, decoder.family.shift)
         before, since_refresh = block, 0 if step.is_refresh else since_refresh + 1
         yield TakenStep(prompt, number, block, since_refresh, step.candidates, history)
+
+
+def settings_of(prompts: Sequence[Tensor], max_steps: int, settings: dict[str, Any]) -> GenerationConfig:
+    """How an analysis of steps decodes, its caches apart.
+
+    Raises:
+        ValueError: settings that name a cache, or are not greedy; no prompt; no step.
+    """
+    check_count("max_steps", max_steps)
+    if "cache" in settings:
+        raise ValueError(f"cache={settings['cache']!r}; takes caches=...")
+    config = GenerationConfig.build(None, settings)
+    require_greedy(config)
+    if not prompts:
+        raise ValueError("prompts holds none; takes one or more")
+    return config
+
+
+def result(
+    analysis: str, model: nn.Module, name: str, conditions: dict[str, Any], caches: dict[str, Any]
+) -> dict[str, Any]:
+    """What an analysis of steps found, cache by cache, and what it holds for."""
+    return {
+        "analysis": analysis,
+        "model": name or type(model).__name__,
+        "conditions": conditions,
+        "caches": caches,
+    }
 
 
 def require_greedy(config: GenerationConfig) -> None:

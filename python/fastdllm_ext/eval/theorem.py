@@ -24,10 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdllm_ext.checks import check_count
-from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.eval.statistics import wilson
-from fastdllm_ext.eval.steps import TakenStep, conditions, require_greedy, taken_steps
+from fastdllm_ext.eval.steps import TakenStep, conditions, result, settings_of, taken_steps
 from fastdllm_ext.eval.uncached import score_rows
 
 __all__ = ["measure", "one_by_one"]
@@ -74,17 +72,11 @@ def measure(
     Raises:
         ValueError: settings that sample, guide or truncate, or whose confidence is no probability; no prompt.
     """
-    check_count("max_steps", max_steps)
-    if "cache" in settings:
-        raise ValueError(f"cache={settings['cache']!r}; takes caches=...")
-    base = GenerationConfig.build(None, settings)
-    require_greedy(base)
+    base = settings_of(prompts, max_steps, settings)
     if base.ranks_by != "low_confidence":
         raise ValueError(
             f"remasking={base.ranks_by!r}: the theorem bounds probabilities; takes 'low_confidence'"
         )
-    if not prompts:
-        raise ValueError("prompts holds none; takes one or more")
     found = {}
     for cache in caches:
         steps = taken_steps(model, prompts, replace(base, cache=cache), batch_size, progress)
@@ -118,12 +110,7 @@ def measure(
             "checked": checked,
         }
     limits = {"max_steps": max_steps, "batch_size": batch_size, "seed": seed}
-    return {
-        "analysis": "theorem",
-        "model": name or type(model).__name__,
-        "conditions": conditions(model, prompts, base) | limits,
-        "caches": found,
-    }
+    return result("theorem", model, name, conditions(model, prompts, base) | limits, found)
 
 
 def epsilon(step: TakenStep) -> float:
