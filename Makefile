@@ -128,8 +128,8 @@ bench: install $(if $(BENCH_REFERENCE),$(OTHER_TRANSFORMERS)/.installed)
 
 # On the bundled model; with other CPU load the times are worthless.
 quality: install
-	$(BIN)/fastdllm-ext report demo --limit 200 --more 1000 --seed 7 --out build/quality
 	$(BIN)/fastdllm-ext calibrate demo --limit 1000 --seed 8 --out build/calibrated
+	$(BIN)/fastdllm-ext report demo --limit 200 --more 1000 --seed 7 --config build/calibrated --out build/quality
 	$(BIN)/python benchmarks/quality.py --report build/quality/report.json \
 	  --calibration build/calibrated/calibration/calibration.json
 

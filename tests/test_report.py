@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastdllm_ext.cli import main
+from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.eval import analysis_figures, drift, sweep
 from fastdllm_ext.eval.report import TRADEOFF_FIGURES
 
@@ -69,14 +70,17 @@ def test_a_whole_report_from_the_command_line(
     assert sum(row["problems"] for row in facts["prompt_lengths"]) == 3
     for row in rows:
         assert row["label"].replace("<", "&lt;") in page
-    # More problems for some settings: what is on record counts, and only those get more.
-    again = tmp_path / "again"
-    assert (
-        main([*argv[:-1], str(again), "--axes", "caches", "--tradeoff", "--limit", "2", "--more", "3"]) == 0
-    )
-    counts = {
-        row["label"]: row["problems"] for row in json.loads((again / "report.json").read_text())["settings"]
-    }
+    # More problems for some settings, one's own among them; only those get more.
+    again, own = tmp_path / "again", tmp_path / "own"
+    fewer = [*argv[:-1], str(again), "--axes", "caches", "--tradeoff", "--limit", "2", "--more", "3"]
+    GenerationConfig(gen_length=16, block_length=4, rule="klass:kl=0.1").save_pretrained(own)
+    assert main([*fewer, "--config", str(own)]) == 0
+    facts = json.loads((again / "report.json").read_text())
+    counts = {row["label"]: row["problems"] for row in facts["settings"]}
+    rule = "klass:threshold=0.9:kl=0.1:history=2"
+    assert facts["own"] == [{"gen_length": 16, "block_length": 4, "cache": "dual", "rule": rule}]
+    assert counts[f"dual, {rule}, block 4"] == 3
+    assert f"Chosen beforehand: dual, {rule}, block 4: " in (again / "report.html").read_text()
     assert counts["none, one a step"] == counts["dual, threshold 0.9"] == 3
     assert counts["dual, threshold 1"] == counts["none, threshold 0.9"] == 2
     # Once more: all is on record, so that the same samples come back.
@@ -86,6 +90,9 @@ def test_a_whole_report_from_the_command_line(
     capsys.readouterr()
     assert main([*argv, "--quick", "--seed", "1"]) == 2
     assert "seed=0, and now seed=1; takes the same conditions, or another folder" in capsys.readouterr().err
+    GenerationConfig(gen_length=32).save_pretrained(own)
+    assert main([*fewer, "--config", str(own)]) == 2
+    assert f"config={own}: has gen_length=32; takes 16 beside it" in capsys.readouterr().err
 
 
 def test_one_part_alone(tmp_path: Path, words: Path) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.eval import drift, similarity, theorem
-from fastdllm_ext.eval.opening import Run, add_run_arguments, open_run
+from fastdllm_ext.eval.opening import Run, Setting, add_run_arguments, open_run
 from fastdllm_ext.eval.page import render
 from fastdllm_ext.eval.sections import build_sections
 from fastdllm_ext.eval.summary import by_prompt_length, compared, comparison, summarise
@@ -55,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--more", type=int, metavar="N",
         help="problems for the settings that conclusions rest on: the baseline; and, with the dual cache, "
         "threshold 0.9 and 0.99, factor 1, 16 and 32 tokens a step (as many as for all)",
+    )  # fmt: skip
+    report.add_argument(
+        "--config", type=Path, nargs="+", default=[], metavar="FOLDER",
+        help="folders with a generation_config.json, such as calibrate writes: settings beside the grid's, "
+        "on as many problems as the baseline",
     )  # fmt: skip
     report.add_argument("--tradeoff", action="store_true", help="this part alone: accuracy against speed")
     report.add_argument(
@@ -94,9 +100,10 @@ def run(arguments: argparse.Namespace) -> int:
         "command": "fastdllm-ext " + " ".join(map(shlex.quote, sys.argv[1:])),
         "conditions": opened.conditions,
     }
+    own = [saved_setting(folder, opened.gen_length) for folder in arguments.config]
     for part in wanted:
         if part == "tradeoff":
-            facts |= measure_tradeoff(opened, arguments, out)
+            facts |= measure_tradeoff(opened, arguments, own, out)
             for name in TRADEOFF_FIGURES:
                 getattr(figures, f"plot_{name}")(facts, out / f"{name}.png")
         else:
@@ -110,15 +117,31 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def measure_tradeoff(opened: Run, arguments: argparse.Namespace, out: Path) -> Facts:
-    """Every setting on every problem, and the paper's tables 3 and 4 of them."""
+def saved_setting(folder: Path, gen_length: int) -> Setting:
+    """The setting that a folder's generation_config.json holds.
+
+    Raises:
+        OSError: there is none.
+        ValueError: one of another generation length than the baseline's.
+    """
+    config = GenerationConfig.from_pretrained(folder)
+    if config.gen_length != gen_length:
+        raise ValueError(f"config={folder}: has gen_length={config.gen_length}; takes {gen_length} beside it")
+    lengths = {"gen_length": gen_length, "block_length": config.block_length, "cache": config.cache}
+    rule = {} if config.rule is None else {"rule": str(config.selection)}
+    return lengths | config.to_dict() | rule
+
+
+def measure_tradeoff(opened: Run, arguments: argparse.Namespace, own: list[Setting], out: Path) -> Facts:
+    """Every setting on every problem, the user's ``own`` too, and the paper's tables 3 and 4 of them."""
     sweep = Sweep(opened, out)
     settings = grid(opened.gen_length, opened.block_length, arguments.axes, arguments.quick)
     settings = [setting for setting in settings if opened.fits(setting)]
     results = sweep.run(settings, bar("settings"), arguments.limit)
     found = {identity(result.setting): result for result in results}
     sure = [s for s in key_settings(opened.gen_length, opened.block_length) if identity(s) in found]
-    further = sweep.run(sure, bar("key settings")) if arguments.more else []
+    sure += own
+    further = sweep.run(sure, bar("key settings")) if arguments.more or own else []
     summed = (found | {identity(result.setting): result for result in further}).values()
     families = [problem.family for problem in opened.task.problems]
     beside = {"gen_length": opened.gen_length, "block_length": opened.block_length}
@@ -136,6 +159,7 @@ def measure_tradeoff(opened: Run, arguments: argparse.Namespace, out: Path) -> F
         shots.append((count, longer.run(chosen, bar(f"{count} shots"))))
     return {
         "settings": summarise(list(summed), families, beside),
+        "own": own,
         "gen_lengths": [
             comparison(f"{n} tokens", rows) for n, rows in lengths if len(rows) == len(compared(n, 1))
         ],

@@ -46,6 +46,14 @@ def _tradeoff(facts: Facts) -> Iterator[Section]:
             f"{100 * fastest['accuracy'][0]:.1f} % right, "
             f"{fastest['tokens_per_second'][0] / base['tokens_per_second'][0]:.1f} times as fast."
         )
+    for row in rows:
+        if row["setting"] in facts["own"]:
+            text.append(
+                f"Chosen beforehand: {row['label']}: {percent(row['accuracy'])} % right on "
+                f"{row['problems']:,} problems, {100 * row['loss'][0]:.2f} points less than the baseline (at most "
+                f"{100 * row['loss_at_most']:.2f} with 95 % confidence), "
+                f"{row['tokens_per_second'][0] / base['tokens_per_second'][0]:.1f} times as fast."
+            )
     yield {"title": "Accuracy against speed", "text": text, "figures": ["tradeoff.png"]}
     yield {
         "title": "Thresholds against a fixed number of tokens a step",

@@ -23,7 +23,7 @@ __all__ = ["Result", "Sweep", "grid"]
 
 AXES = ("caches", "blocks", "refresh", "rules", "lengths")
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
-FACTORS = (0.25, 0.5, 1.0, 2.0)
+FACTORS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 QUOTAS = (1, 2, 4, 8, 16, 32)  # tokens a step
 BLOCKS = (4, 8, 16, 32, 64, 128, 256)
 REFRESHES: tuple[Setting, ...] = (
