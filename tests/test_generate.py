@@ -112,8 +112,12 @@ def test_token_for_token_as_the_specification(seed: int, family: str) -> None:
 
 
 def error_of(settings: dict[str, Any]) -> float:
-    """Bound on a confidence's error: logits of size 10 carry some 1e-6 of that, guidance 1 + 2 w times it."""
-    return 1e-5 * (1 + 2 * settings.get("cfg_scale", 0.0))
+    """Bound on a confidence's error: logits of size 10 carry some 1e-6 of that, guidance 1 + 2 w times it.
+
+    A margin is the difference of two probabilities, which err against each other: twice as much.
+    """
+    margin = 2 if settings.get("remasking") == "margin" else 1
+    return 1e-5 * margin * (1 + 2 * settings.get("cfg_scale", 0.0))
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
