@@ -32,21 +32,19 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def targets(facts: Facts) -> Iterator[tuple[str, str, bool]]:
     """What is to hold, what was measured, and whether it does."""
-    rows, c = facts["settings"], facts["conditions"]
+    rows, key, c = facts["settings"], facts["key_settings"], facts["conditions"]
     lengths = {"gen_length": c["gen_length"], "block_length": c["block_length"]}
-    (threshold,) = select(rows, cache="dual", threshold=0.9, **lengths)
+    (threshold,) = select(key, cache="dual", threshold=0.9, **lengths)
     loss, rate = 100 * threshold["loss"][0], threshold["tokens_per_forward"][0]
     yield (
         "threshold 0.9 with the dual cache loses at most 0.5 points against one token a step, at 2.5 tokens "
         "a forward or more",
         f"{loss:.1f} points (at most {100 * threshold['loss_at_most']:.1f} with 95 % confidence), {rate:.1f} "
-        "tokens a forward",
+        f"tokens a forward, on {threshold['problems']:,} problems",
         loss <= 0.5 and rate >= 2.5,
     )
     fixed = [
-        row
-        for row in select(rows, cache="dual", steps=..., **lengths)
-        if row["nfe"][0] >= threshold["nfe"][0]
+        row for row in select(key, cache="dual", steps=..., **lengths) if row["nfe"][0] >= threshold["nfe"][0]
     ]
     nearest = min(fixed, key=lambda row: row["nfe"][0])
     margin = 100 * (threshold["accuracy"][0] - nearest["accuracy"][0])
@@ -57,13 +55,12 @@ def targets(facts: Facts) -> Iterator[tuple[str, str, bool]]:
         f"{margin:.1f} points",
         threshold["accuracy"][1] > nearest["accuracy"][2],
     )
-    for row in rows:
+    for row in key:
         if row["setting"] in facts["own"]:
             yield (
                 "what `calibrate` chose on other prompts loses no more than 0.5 points on these",
                 f"{row['label']}: {100 * row['loss'][0]:.2f} points (at most {100 * row['loss_at_most']:.2f} "
-                f"with 95 % confidence) on {row['problems']:,}, "
-                f"{row['tokens_per_second'][0] / rows[0]['tokens_per_second'][0]:.0f} times as fast",
+                f"with 95 % confidence) on {row['problems']:,}, {row['speedup']:.0f} times as fast",
                 row["loss"][0] <= 0.005,
             )
     # Refresh policies and block lengths are tried with one threshold alone, so that like is compared here.
@@ -80,7 +77,7 @@ def targets(facts: Facts) -> Iterator[tuple[str, str, bool]]:
     yield (
         "threshold and factor are both on the front of accuracy against tokens/s, where cache and rule alone "
         "differ",
-        "; ".join(f"{name}: {', '.join(labels) or 'nowhere'}" for name, labels in found.items()),
+        "; ".join(" / ".join(labels) or f"{name} nowhere" for name, labels in found.items()),
         all(found.values()),
     )
 
@@ -107,8 +104,10 @@ def page(facts: Facts, calibration: Facts | None, images: str) -> str:
             f"{c['block_length']}, {c['dtype']}, batch {c['batch_size']}, {c['machine']}, torch "
             f"{c['environment']['torch']}, {facts['date'][:10]}. Made by `benchmarks/quality.py` from "
             "[quality-cpu.json](../benchmarks/results/quality-cpu.json), which holds every sample; nothing "
-            "on it is written by hand. Tokens count up to and including EOS. On your own model and task "
-            "the same comes from one command: [evaluation.md](evaluation.md)."
+            "on it is written by hand. Tokens count up to and including EOS. The model was trained at "
+            f"generation length {c['gen_length']} alone: shorter ones have no room for the long answers, and "
+            "longer ones it has never seen. On your own model and task the same comes from one command: "
+            "[reports.md](reports.md)."
         ),
         "",
         "## Targets",

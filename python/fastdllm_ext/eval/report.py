@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument(
         "--config", type=Path, nargs="+", default=[], metavar="FOLDER",
         help="folders with a generation_config.json, such as calibrate writes: settings beside the grid's, "
-        "on as many problems as the baseline",
+        "on as many problems as --more says",
     )  # fmt: skip
     report.add_argument("--tradeoff", action="store_true", help="this part alone: accuracy against speed")
     report.add_argument(
@@ -137,12 +137,11 @@ def measure_tradeoff(opened: Run, arguments: argparse.Namespace, own: list[Setti
     sweep = Sweep(opened, out)
     settings = grid(opened.gen_length, opened.block_length, arguments.axes, arguments.quick)
     settings = [setting for setting in settings if opened.fits(setting)]
+    settings = list({identity(setting): setting for setting in [*settings, *own]}.values())
     results = sweep.run(settings, bar("settings"), arguments.limit)
     found = {identity(result.setting): result for result in results}
-    sure = [s for s in key_settings(opened.gen_length, opened.block_length) if identity(s) in found]
-    sure += own
-    further = sweep.run(sure, bar("key settings")) if arguments.more or own else []
-    summed = (found | {identity(result.setting): result for result in further}).values()
+    key = [s for s in key_settings(opened.gen_length, opened.block_length) if identity(s) in found]
+    further = sweep.run([*key, *own], bar("key settings")) if arguments.more else []
     families = [problem.family for problem in opened.task.problems]
     beside = {"gen_length": opened.gen_length, "block_length": opened.block_length}
 
@@ -158,7 +157,8 @@ def measure_tradeoff(opened: Run, arguments: argparse.Namespace, own: list[Setti
         chosen = [s for s in compared(opened.gen_length, opened.block_length) if other.fits(s)]
         shots.append((count, longer.run(chosen, bar(f"{count} shots"))))
     return {
-        "settings": summarise(list(summed), families, beside),
+        "settings": summarise(results, families, beside),
+        "key_settings": summarise(further, families, beside),
         "own": own,
         "gen_lengths": [
             comparison(f"{n} tokens", rows) for n, rows in lengths if len(rows) == len(compared(n, 1))

@@ -17,10 +17,10 @@ def build_sections(facts: Facts) -> list[Section]:
 
 def problems_said(facts: Facts) -> str:
     """How many problems there were, where some settings had more than others both numbers."""
-    counts = sorted({row["problems"] for row in facts.get("settings", ())})
-    if len(counts) < 2:
+    every, more = (facts.get(key) for key in ("settings", "key_settings"))
+    if not every or not more:
         return f"{facts['conditions']['problems']:,} problems"
-    return f"{counts[-1]:,} problems for some settings, {counts[0]:,} for the others"
+    return f"{more[0]['problems']:,} problems for some settings, the first {every[0]['problems']:,} for all"
 
 
 def percent(triple: Sequence[float], digits: int = 1) -> str:
@@ -44,17 +44,26 @@ def _tradeoff(facts: Facts) -> Iterator[Section]:
         text.append(
             f"The fastest setting that loses less than 2 points (with 95 % confidence): {fastest['label']}, "
             f"{100 * fastest['accuracy'][0]:.1f} % right, "
-            f"{fastest['tokens_per_second'][0] / base['tokens_per_second'][0]:.1f} times as fast."
+            f"{fastest['speedup']:.1f} times as fast."
         )
-    for row in rows:
+    for row in facts["key_settings"] or rows:
         if row["setting"] in facts["own"]:
             text.append(
                 f"Chosen beforehand: {row['label']}: {percent(row['accuracy'])} % right on "
-                f"{row['problems']:,} problems, {100 * row['loss'][0]:.2f} points less than the baseline (at most "
-                f"{100 * row['loss_at_most']:.2f} with 95 % confidence), "
-                f"{row['tokens_per_second'][0] / base['tokens_per_second'][0]:.1f} times as fast."
+                f"{row['problems']:,} problems, {100 * row['loss'][0]:.2f} points less than the baseline (at "
+                f"most {100 * row['loss_at_most']:.2f} with 95 % confidence), {row['speedup']:.1f} times as "
+                "fast."
             )
     yield {"title": "Accuracy against speed", "text": text, "figures": ["tradeoff.png"]}
+    if facts["key_settings"]:
+        yield {
+            "title": "On more problems",
+            "text": [
+                f"The settings that conclusions rest on, over {facts['key_settings'][0]['problems']:,} "
+                f"problems; all else is over the first {base['problems']:,} of them."
+            ],
+            "table": _settings(facts["key_settings"]),
+        }
     yield {
         "title": "Thresholds against a fixed number of tokens a step",
         "text": [
@@ -83,28 +92,31 @@ def _tradeoff(facts: Facts) -> Iterator[Section]:
             f"said, batch {c['batch_size']}. Intervals: 95 %, bootstrap over problems (of speed: over "
             "batches). Tokens count up to and including EOS. Loss: the baseline's accuracy minus the "
             "setting's, and the most it is with 95 % confidence, both in points. Same: answers equal to "
-            "the baseline's. In bold, what no other setting beats."
+            "the baseline's. In bold, what no other setting in the table beats."
         ],
-        "table": {
-            "head": ["setting", "problems", "accuracy, %", "loss", "at most", "same, %", "tokens/s",
-                     "speed-up", "tokens/forward", "NFE"],
-            "rows": [_setting(row, base) for row in rows],
-            "marked": [i for i, row in enumerate(rows) if row["on_front"]],
-        },
+        "table": _settings(rows),
+    }
+
+
+def _settings(rows: Sequence[Facts]) -> Facts:
+    return {
+        "head": ["setting", "accuracy, %", "loss", "at most", "same, %", "tokens/s", "speed-up",
+                 "tokens/forward", "NFE"],
+        "rows": [_setting(row) for row in rows],
+        "marked": [i for i, row in enumerate(rows) if row["on_front"]],
     }  # fmt: skip
 
 
-def _setting(row: Facts, base: Facts) -> list[str]:
+def _setting(row: Facts) -> list[str]:
     speed = row["tokens_per_second"]
     return [
         row["label"],
-        str(row["problems"]),
         percent(row["accuracy"]),
         f"{100 * row['loss'][0]:.1f}",
         f"{100 * row['loss_at_most']:.1f}",
         f"{100 * row['same_answer']:.1f}",
         f"{speed[0]:,.0f} ({speed[1]:,.0f} to {speed[2]:,.0f})",
-        f"{speed[0] / base['tokens_per_second'][0]:.1f}x",
+        f"{row['speedup']:.1f}x",
         f"{row['tokens_per_forward'][0]:.2f}",
         f"{row['nfe'][0]:.1f}",
     ]

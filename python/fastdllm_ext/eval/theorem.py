@@ -39,7 +39,7 @@ def measure(
     *,
     caches: Sequence[str] = ("none",),
     name: str = "",
-    max_steps: int = 24,
+    max_steps: int = 96,
     batch_size: int = 16,
     seed: int = 0,
     progress: Callable[..., Any] = iter,
