@@ -104,9 +104,9 @@ def page(facts: Facts, calibration: Facts | None, images: str) -> str:
             f"{c['block_length']}, {c['dtype']}, batch {c['batch_size']}, {c['machine']}, torch "
             f"{c['environment']['torch']}, {facts['date'][:10]}. Made by `benchmarks/quality.py` from "
             "[quality-cpu.json](../benchmarks/results/quality-cpu.json), which holds every sample; nothing "
-            "on it is written by hand. Tokens count up to and including EOS. The model was trained at "
-            f"generation length {c['gen_length']} alone: shorter ones have no room for the long answers, and "
-            "longer ones it has never seen. On your own model and task the same comes from one command: "
+            "on it is written by hand. Tokens count up to and including EOS. The model was trained on "
+            "rows of at most 152 positions, prompt and answer together: at shorter generation lengths than "
+            f"{c['gen_length']} long answers have no room, and longer ones it has never seen. On your own model and task the same comes from one command: "
             "[reports.md](reports.md)."
         ),
         "",
