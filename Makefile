@@ -21,6 +21,10 @@ TRANSFORMERS_TESTS := $(addprefix tests/test_,compat.py patching.py load.py mode
 BENCH_DIR ?= build/bench
 BENCH_REFERENCE ?=
 
+# Side by side; threads that wait sleep, or those of one would keep those of the other from running.
+TEST_WORKERS ?= 2
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
 .PHONY: help install demo test test-transformers lint format wheel asan mutants bench bench-page bench-cpp quality clean
 help:
 	@echo "make demo    build, then the bundled model: unpatched against patched, one table"
@@ -57,7 +61,7 @@ demo: install
 	$(BIN)/fastdllm-ext demo --out demo-out
 
 test: install $(VENV)/torchao/.installed
-	PYTHONPATH=$(abspath $(VENV)/torchao) $(BIN)/python -m pytest
+	PYTHONPATH=$(abspath $(VENV)/torchao) $(PYTEST)
 	$(MAKE) test-transformers
 
 # For the tests of quantised models alone: transformers loads torchao where it sees it, which is not quiet.
@@ -75,7 +79,7 @@ $(OTHER_TRANSFORMERS)/.installed: | $(BIN)/python
 test-transformers: install $(OTHER_TRANSFORMERS)/.installed $(VENV)/torchao/.installed
 	FASTDLLM_EXPECT_TRANSFORMERS=$(TRANSFORMERS) \
 	  PYTHONPATH=$(abspath $(OTHER_TRANSFORMERS)):$(abspath $(VENV)/torchao) \
-	  $(BIN)/python -m pytest $(TRANSFORMERS_TESTS)
+	  $(PYTEST) $(TRANSFORMERS_TESTS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -106,8 +106,8 @@ def page(facts: Facts, calibration: Facts | None, images: str) -> str:
             "[quality-cpu.json](../benchmarks/results/quality-cpu.json), which holds every sample; nothing "
             "on it is written by hand. Tokens count up to and including EOS. The model was trained on "
             "rows of at most 152 positions, prompt and answer together: at shorter generation lengths than "
-            f"{c['gen_length']} long answers have no room, and longer ones it has never seen. On your own model and task the same comes from one command: "
-            "[reports.md](reports.md)."
+            f"{c['gen_length']} long answers have no room, and longer ones it has never seen. On your own "
+            "model and task the same comes from one command: [reports.md](reports.md)."
         ),
         "",
         "## Targets",
