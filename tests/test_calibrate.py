@@ -104,10 +104,11 @@ def test_calibrate_from_the_command_line(
     facts = json.loads((out / "calibration" / "calibration.json").read_text())
     assert facts["raced_on"] == 2
     assert facts["decided_on"] == 6
-    assert f"fd.load('demo', generation_config={str(out)!r})" in told
+    call = f"fd.load(fd.demo_model_path(), generation_config={str(out)!r})"
+    assert call in told
     saved = fd.GenerationConfig.from_pretrained(out)
     assert saved == fd.GenerationConfig.from_dict(facts["chosen"])
-    model, tokenizer = fd.load(fd.demo_model_path(), generation_config=out)
+    model, tokenizer = eval(call)
     prompt = torch.tensor(tokenizer("Reverse apple bell.")["input_ids"])
     assert fd.generate(model, [prompt]).sequences.shape[1] == len(prompt) + 16
     assert main([*argv, "--max-loss", "0.1"]) == 1  # six problems cannot show that

@@ -148,11 +148,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     GenerationConfig.from_dict(chosen.setting).save_pretrained(arguments.out)
     where = str(arguments.out)
-    use = (
-        f"fd.load({where!r})"
-        if where == arguments.model
-        else f"fd.load({arguments.model!r}, generation_config={where!r})"
-    )
+    model = "fd.demo_model_path()" if arguments.model == "demo" else repr(arguments.model)
+    taken = "" if where == arguments.model else f", generation_config={where!r}"
+    use = f"fd.load({model}{taken})"
     print(
         f"Chosen: {label(chosen.setting)}. Wrote {arguments.out / 'generation_config.json'}; {use} takes it "
         "up."
