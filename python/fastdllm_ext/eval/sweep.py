@@ -50,7 +50,7 @@ def baseline(gen_length: int, block_length: int) -> Setting:
 def grid(
     gen_length: int, block_length: int, axes: Iterable[str] = AXES, quick: bool = False
 ) -> list[Setting]:
-    """The settings of a report, each once; the baseline first. ``quick`` takes about a third of them.
+    """The settings of a report, each once; the baseline first. ``quick`` takes about half of them.
 
     Args:
         gen_length, block_length: where nothing else is said.
