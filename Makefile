@@ -33,7 +33,7 @@ help:
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make wheel   build as plain pip does, with build isolation, and try the result"
 	@echo "make asan    the operations' tests, emulated CUDA included, under AddressSanitizer and UBSan"
-	@echo "make mutants  does the suite notice every fault that is planted in a CUDA kernel? (an hour)"
+	@echo "make mutants  does the suite notice every fault that is planted in a CUDA kernel? (several hours)"
 	@echo "make bench   generations, phases, growth, memory, operations: under 20 minutes, and a page of them in"
 	@echo "             $(BENCH_DIR); BENCH_REFERENCE=PATH measures beside a checkout of NVlabs/Fast-dLLM"
 	@echo "make quality  what the speed costs the bundled model: report, calibration, docs/quality.md (an hour)"
@@ -114,7 +114,7 @@ asan-tests-%:
 	  ASAN_OPTIONS=detect_leaks=0 FASTDLLM_SIMT_SCHEDULES=7 OMP_NUM_THREADS=1 $(call PYTHON_ON,build/asan/site) \
 	  -m pytest $(ASAN_$*:%=tests/test_%.py)
 
-# An hour or so. Removes every barrier and flips every bound of the CUDA kernels, one at a time.
+# Several hours. Removes every barrier and flips every bound of the CUDA kernels, one at a time.
 mutants: install
 	$(BIN)/python tests/simt/mutate.py --out docs/mutation.md $(MUTATE_FLAGS)
 
