@@ -64,12 +64,7 @@ def targets(facts: Facts) -> Iterator[tuple[str, str, bool]]:
                 row["loss"][0] <= 0.005,
             )
     # Refresh policies and block lengths are tried with one threshold alone, so that like is compared here.
-    alike = [
-        row
-        for cache in ("none", "prefix", "dual")
-        for rule in RULES
-        for row in select(rows, cache=cache, **{rule: ...}, **lengths)
-    ]
+    alike = [row for rule in RULES for row in select(rows, cache=..., **{rule: ...}, **lengths)]
     front = [alike[i] for i in pareto([(row["tokens_per_second"][0], row["accuracy"][0]) for row in alike])]
     found = {
         name: [row["label"] for row in front if name in row["setting"]] for name in ("threshold", "factor")

@@ -62,6 +62,8 @@ def test_a_whole_report_from_the_command_line(
     rows = facts["settings"]
     assert rows[0]["label"] == "none, one a step"
     assert rows[0]["nfe"][0] > 1
+    speeds = [row["tokens_per_second"][0] for row in rows]
+    assert [row["speedup"] for row in rows] == [speed / speeds[0] for speed in speeds]
     assert all(row["problems"] == 3 and len(row["seconds"]) == 3 for row in rows)
     assert sum(row["on_front"] for row in rows) >= 1
     assert facts["conditions"]["environment"]["torch"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.eval.statistics import wilson
-from fastdllm_ext.eval.steps import TakenStep, conditions, result, settings_of, taken_steps
+from fastdllm_ext.eval.steps import TakenStep, heading, settings_of, taken_steps
 from fastdllm_ext.eval.uncached import Scores, score_rows
 from fastdllm_ext.ops import Row, Rule
 from fastdllm_ext.reference import selected
@@ -91,7 +91,7 @@ def measure(
             "by_block": _groups(block_steps, lambda s: s.block, lambda i: (i, i)),
         }
     limits = {"max_steps": max_steps, "batch_size": batch_size, "seed": seed}
-    return result("drift", model, name, conditions(model, prompts, base) | limits, found)
+    return heading("drift", model, name, prompts, base, limits) | {"caches": found}
 
 
 def _draw(rng: random.Random, steps: list[TakenStep], most: int) -> list[TakenStep]:

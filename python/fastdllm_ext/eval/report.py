@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument(
         "--more", type=int, metavar="N",
         help="problems for the settings that conclusions rest on: the baseline; and, with the dual cache, "
-        "threshold 0.9 and 0.99, factor 1, 16 and 32 tokens a step (as many as for all)",
+        "threshold 0.9 and 0.99, factor 1, 8, 16 and 32 tokens a step (as many as for all)",
     )  # fmt: skip
     report.add_argument(
         "--config", type=Path, nargs="+", default=[], metavar="FOLDER",

@@ -22,7 +22,7 @@ from fastdllm_ext.cache import FP8, PagedKVCache
 from fastdllm_ext.checks import check_count
 from fastdllm_ext.decoder import Decoder
 from fastdllm_ext.decoding import GenerationConfig
-from fastdllm_ext.eval.steps import conditions, require_greedy
+from fastdllm_ext.eval.steps import heading, require_greedy
 from fastdllm_ext.generate import opened
 
 __all__ = ["measure"]
@@ -88,9 +88,7 @@ def measure(
     if total is None:
         raise ValueError("prompts holds none; takes one or more")
     return {
-        "analysis": "similarity",
-        "model": name or type(model).__name__,
-        "conditions": conditions(model, prompts, config) | limits | {"seed": seed} | rule,
+        **heading("similarity", model, name, prompts, config, limits | {"seed": seed} | rule),
         "steps": steps,
         "blocks": blocks,
         **{

@@ -21,7 +21,7 @@ from fastdllm_ext.generate import opened
 from fastdllm_ext.ops import Knob, Row
 from fastdllm_ext.patching.registry import patched_family, patched_options, unwrapped
 
-__all__ = ["TakenStep", "conditions", "require_greedy", "result", "settings_of", "taken_steps"]
+__all__ = ["TakenStep", "heading", "require_greedy", "settings_of", "taken_steps"]
 
 
 @dataclass(frozen=True)
@@ -156,18 +156,6 @@ def settings_of(prompts: Sequence[Tensor], max_steps: int, settings: dict[str, A
     return config
 
 
-def result(
-    analysis: str, model: nn.Module, name: str, conditions: dict[str, Any], caches: dict[str, Any]
-) -> dict[str, Any]:
-    """What an analysis of steps found, cache by cache, and what it holds for."""
-    return {
-        "analysis": analysis,
-        "model": name or type(model).__name__,
-        "conditions": conditions,
-        "caches": caches,
-    }
-
-
 def require_greedy(config: GenerationConfig) -> None:
     """ValueError unless the settings draw nothing by chance, take the model's logits and nothing back."""
     for name, off in (
@@ -185,7 +173,20 @@ def require_greedy(config: GenerationConfig) -> None:
         raise ValueError(f"rule={config.rule}: takes tokens back; an analysis takes a rule that does not")
 
 
-def conditions(model: nn.Module, prompts: Sequence[Tensor], config: GenerationConfig) -> dict[str, Any]:
+def heading(
+    analysis: str,
+    model: nn.Module,
+    name: str,
+    prompts: Sequence[Tensor],
+    config: GenerationConfig,
+    more: dict[str, Any],
+) -> dict[str, Any]:
+    """What an analysis is of, and what it holds for; ``more`` conditions are its own."""
+    found = _conditions(model, prompts, config) | more
+    return {"analysis": analysis, "model": name or type(model).__name__, "conditions": found}
+
+
+def _conditions(model: nn.Module, prompts: Sequence[Tensor], config: GenerationConfig) -> dict[str, Any]:
     """What a result holds for, as JSON can hold it."""
     family, options, model = patched_family(model), patched_options(model), unwrapped(model)
     parts = family.parts(model)

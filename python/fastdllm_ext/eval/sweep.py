@@ -100,7 +100,7 @@ def key_settings(gen_length: int, block_length: int) -> list[Setting]:
     """Those that conclusions rest on: the baseline, and with the dual cache what it is held against."""
     dual = {"gen_length": gen_length, "block_length": block_length, "cache": "dual"}
     rules: list[Setting] = [{"threshold": 0.9}, {"threshold": 0.99}, {"factor": 1.0}]
-    rules += [{"steps": max(1, gen_length // rate)} for rate in (16, 32)]
+    rules += [{"steps": max(1, gen_length // rate)} for rate in (8, 16, 32)]
     return [baseline(gen_length, block_length), *(dual | rule for rule in rules)]
 
 

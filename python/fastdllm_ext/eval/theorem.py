@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdllm_ext.eval.statistics import wilson
-from fastdllm_ext.eval.steps import TakenStep, conditions, result, settings_of, taken_steps
+from fastdllm_ext.eval.steps import TakenStep, heading, settings_of, taken_steps
 from fastdllm_ext.eval.uncached import score_rows
 
 __all__ = ["measure", "one_by_one"]
@@ -110,7 +110,7 @@ def measure(
             "checked": checked,
         }
     limits = {"max_steps": max_steps, "batch_size": batch_size, "seed": seed}
-    return result("theorem", model, name, conditions(model, prompts, base) | limits, found)
+    return heading("theorem", model, name, prompts, base, limits) | {"caches": found}
 
 
 def epsilon(step: TakenStep) -> float:
