@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 import fastdllm_ext as fd
 from fastdllm_ext import _C
-from fastdllm_ext.decoder import Decoder, DecodingRow
+from fastdllm_ext.decoder import Decoder
 from fastdllm_ext.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+from fastdllm_ext.rows import DecodingRow
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 32
@@ -238,7 +239,8 @@ def watched_turns(device: str, name: str | None = None) -> Iterator[list[Turn]]:
 
     def turn(decoder: Decoder) -> list[DecodingRow]:
         before = [row.nfe for row in decoder.rows]
-        fresh = any(row.fresh for row in decoder.rows if not row.done) or decoder.config.cache == "none"
+        active = [row for row in decoder.rows if not row.done]
+        fresh = any(row.fresh or row.config.cache == "none" for row in active)
 
         def call() -> list[DecodingRow]:
             if name is None:

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 import fastdllm_ext as fd
-from fastdllm_ext.decoder import TimeSteps
 from fastdllm_ext.diffusion_generate import DreamModelOutput
+from fastdllm_ext.rows import TimeSteps
 from tiny import MASK, PAD, VOCAB, tiny_dream, tiny_llada
 
 PROMPT = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])

@@ -64,7 +64,7 @@ def test_steps_are_those_that_a_watcher_sees(family: str, settings: dict[str, An
             at = [replace(row) for row in decoder.rows]
             for row in decoder.turn():
                 b, old = row.index, at[row.index]
-                step = old.next_step(config, decoder.family.shift)
+                step = old.next_step(decoder.family.shift)
                 if step.is_refresh:
                     refreshed_at[b] = old.nfe
                 changed = (before[b] != decoder.tokens[b]).nonzero()[:, 0]

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastdllm_ext as fd
+from fastdllm_ext.decoder import BadLogits
 from fastdllm_ext.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
 from fastdllm_ext.rope import rope_table
 from fastdllm_ext.rules import RULES
@@ -324,7 +325,7 @@ def how_it_ends(model: Any, prompts: list[Tensor], **settings: Any) -> type[Exce
 
 @pytest.mark.parametrize(
     "end, error",
-    [("answer", None), ("streamer", RuntimeError), ("nan", ValueError), ("pages", fd.OutOfPages)],
+    [("answer", None), ("streamer", RuntimeError), ("nan", BadLogits), ("pages", fd.OutOfPages)],
 )
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", FAMILIES)

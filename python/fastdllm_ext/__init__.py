@@ -11,6 +11,7 @@ import torch  # noqa: F401  (loads libtorch, which the compiled module links aga
 from fastdllm_ext import ops, rules
 from fastdllm_ext.cache import OutOfPages, PagedKVCache
 from fastdllm_ext.decoding import Commit, GenerationConfig, GenerationOutput, Timings
+from fastdllm_ext.engine import Engine
 from fastdllm_ext.env import collect_env
 from fastdllm_ext.generate import generate
 from fastdllm_ext.likelihood import loglikelihood
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Commit",
+    "Engine",
     "GenerationConfig",
     "GenerationOutput",
     "OutOfPages",

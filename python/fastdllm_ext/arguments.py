@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdllm_ext.cache import FP8, PagedKVCache
+from fastdllm_ext.cache import FP8, PAGE_SIZE, PagedKVCache
 from fastdllm_ext.decoding import GenerationConfig, Streamer
 from fastdllm_ext.forward import dtype_of, place_of_keys
 from fastdllm_ext.patching.family import Family, Geometry, Parts
@@ -191,16 +191,22 @@ def row_seeds(config: GenerationConfig, rows: int) -> list[tuple[int, int]]:
 
 
 def open_cache(
-    cache: PagedKVCache | None, geometry: Geometry, lengths: Sequence[int], parts: Parts, options: Options
+    cache: PagedKVCache | None,
+    geometry: Geometry,
+    lengths: Callable[[int], Sequence[int]],
+    parts: Parts,
+    options: Options,
 ) -> PagedKVCache:
     """The cache that was given, if it fits the model; else one of as many pages as the rows need.
+
+    ``lengths``: from the positions a page holds, those of the sequences they need.
 
     One that was given holds the model's own dtype or fp8, whatever the options ask for.
     """
     shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
     dtype, devices = place_of_keys(parts, options)
     if cache is None:
-        pages = PagedKVCache.pages_for(lengths)
+        pages = PagedKVCache.pages_for(lengths(PAGE_SIZE))
         return PagedKVCache(*shape, num_pages=pages, dtype=dtype, device=devices)
     if not isinstance(cache, PagedKVCache):
         raise TypeError(f"kv_cache={type(cache).__name__}; takes a fastdllm_ext.PagedKVCache")

@@ -149,16 +149,21 @@ class PagedKVCache:
         del self._pages[sequence]
 
     def prepare_write(self, sequence: int, begin: int, end: int) -> None:
-        """Makes the pages of positions [begin, end) the sequence's own: copies those that are shared."""
+        """Makes the pages of positions [begin, end) the sequence's own: copies those that are shared.
+
+        Raises:
+            OutOfPages: there are too few for all copies; those that were made hold what they should.
+        """
         pages = self._owned(sequence)
         moved = []
-        for i in range(begin // self.page_size, -(-end // self.page_size)):
-            own = self.pool.make_private(pages[i])
-            if own != pages[i]:
-                moved.append((pages[i], own))
-                pages[i] = own
-        if moved:
-            for storage in (*self.storage, *self.scale_storage):
+        try:
+            for i in range(begin // self.page_size, -(-end // self.page_size)):
+                own = self.pool.make_private(pages[i])
+                if own != pages[i]:
+                    moved.append((pages[i], own))
+                    pages[i] = own
+        finally:
+            for storage in (*self.storage, *self.scale_storage) if moved else ():
                 source, destination = torch.tensor(moved, device=storage.device).T.contiguous()
                 ops.copy_pages(storage.flatten(0, 1), source, destination)
 

@@ -11,12 +11,11 @@ step, form one ragged forward; then `unmask` commits in all of them, and the row
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,129 +23,17 @@ from torch import Tensor, nn
 from fastdllm_ext import ops
 from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.decoding import REMASKING, GenerationConfig, Timings
-from fastdllm_ext.forward import Attention, Layout, Runs, dtype_of
+from fastdllm_ext.forward import Attention, Layout, Runs, device_of, dtype_of
 from fastdllm_ext.ops import Knob, Row, Rule
 from fastdllm_ext.patching.family import Family, Geometry
 from fastdllm_ext.patching.registry import patched_family, patched_options
+from fastdllm_ext.rope import table_length
+from fastdllm_ext.rows import Content, DecodingRow, Step
 from fastdllm_ext.rules.base import Candidates, Filled, Memory, TorchRule, first_best
 from fastdllm_ext.runtime import Fused, Modules, make_runtime
 from fastdllm_ext.runtime.block import STATE, BlockShape, BlockStep, addresses, graphs_of, guided
 from fastdllm_ext.runtime.graphs import batch_bucket, page_bucket
-from fastdllm_ext.shadows import Shadows, pages_of_shadows, private_pages
-
-
-@dataclass(frozen=True)
-class Block:
-    """Positions [begin, end) that are filled together; the first and the last of them are masks."""
-
-    begin: int
-    end: int
-    masks: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one forward of a row computes: the data by which cache modes and refresh policies differ.
-
-    Attributes:
-        queries: positions computed, whose keys and values are written.
-        visible: positions attended to: [0, visible).
-        candidates: where a mask may be filled.
-        verified: where a token may be taken back, if the rule does that; they have shadows.
-    """
-
-    queries: tuple[int, int]
-    visible: int
-    candidates: tuple[int, int]
-    verified: tuple[int, int] = (0, 0)
-
-    @property
-    def is_refresh(self) -> bool:
-        """All that is attended to is computed."""
-        return self.queries == (0, self.visible)
-
-
-@dataclass
-class DecodingRow:
-    """The host's view of one row: where it stands, and where its keys lie.
-
-    Attributes:
-        index: its row in the decoder's tensors.
-        sequences: its number in the cache; with guidance, that of its prompt-less twin too; with a rule that
-            verifies, that of its shadows' pages.
-        first, end: positions of the answer, from the first mask to the end of the row.
-        blocks: those that hold masks, from left to right.
-        block: the block being filled.
-        fresh: the next step is the block's first.
-        masks_left: masks of the block.
-        nfe: forwards taken.
-        done: finished.
-    """
-
-    index: int
-    sequences: tuple[int, ...]
-    first: int
-    end: int
-    blocks: list[Block]
-    block: int = 0
-    fresh: bool = True
-    masks_left: int = 0
-    nfe: int = 0
-    done: bool = False
-
-    def next_step(self, config: GenerationConfig, shift: bool) -> Step:
-        """The row's next forward (docs/decoding.md has the table)."""
-        every = config.refresh if isinstance(config.refresh, int) else 1
-        block, visible = self.blocks[self.block], self.end
-        if config.suffix is not None:
-            served = min(self.block - self.block % every + every, len(self.blocks)) - 1
-            visible = min(visible, self.blocks[served].end + config.suffix)
-        whole = (block.begin, block.end)
-        verified = whole if config.selection.verifies and not self.fresh else (0, 0)
-        if config.cache == "none":
-            return Step((0, visible), visible, whole, verified)
-        # Where the logits of a block's first position come from the one before it, which the later steps do
-        # not compute, the first step fills that position and no other, for good.
-        fills = (block.begin, block.begin + 1) if self.fresh and shift else whole
-        if self.fresh and self.block % every == 0:
-            return Step((0, visible), visible, fills)
-        if shift and verified != (0, 0):
-            verified = (block.begin + 1, block.end)
-        before, after = config.window
-        begin = max(0, block.begin - before)
-        if self.fresh:  # no refresh: the keys of the block before are those of its masks, and are made anew
-            begin = min(begin, self.blocks[self.block - 1].begin)
-        end = visible if config.cache == "prefix" else min(visible, block.end + after)
-        return Step((begin, end), visible, fills, verified)
-
-
-class TimeSteps:
-    """Dream's time steps 1 = t_0 > t_1 > ... > t_S = eps of a block: how many masks each step fills.
-
-    Step i fills a share 1 - t_(i+1) / t_i of the masks that are left, rounded down, and the last step all
-    of them; with ``chance``, each mask with that probability. A step that fills nothing needs no forward.
-    """
-
-    def __init__(self, steps: int, eps: float, chance: random.Random | None) -> None:
-        times = torch.linspace(1, eps, steps + 1)
-        self.shares = 1 - times[1:] / times[:-1]
-        self.chance = chance
-        self.step = 0
-
-    def quota(self, masks: int, candidates: int) -> int:
-        """How many of the masks left the next step fills: at least one, and just one of one candidate."""
-        if candidates == 1:
-            self.step += 1
-            return 1
-        while self.step < len(self.shares) - 1:
-            share, self.step = self.shares[self.step], self.step + 1
-            if self.chance is None:
-                count = int(masks * share)  # in float32, as published
-            else:
-                count = sum(self.chance.random() < float(share) for _ in range(masks))
-            if count > 0:
-                return count
-        return masks
+from fastdllm_ext.shadows import Shadows, private_pages
 
 
 @dataclass(frozen=True)
@@ -164,6 +51,9 @@ class Plan:
         candidates: [S] int64, positions that may be filled, as places in the flattened tokens.
         positions: [S] int64, the same positions within their rows.
         hidden: [V] int64, queries that see a mask whatever stands at their places: shadows.
+        computed: rows of the decoder whose queries these are, in the order of their candidates.
+        origins: for each row of ``steps``, in its order, the place in ``computed`` of the one whose logits
+            are its own: where two rows hold the same, one is computed.
         shape: of the graph that can take its steps; None where none can.
     """
 
@@ -173,6 +63,8 @@ class Plan:
     candidates: Tensor
     positions: Tensor
     hidden: Tensor
+    computed: list[int]
+    origins: list[int]
     shape: BlockShape | None
 
     @property
@@ -181,121 +73,243 @@ class Plan:
         return any(step.is_refresh for step in self.steps.values())
 
 
+class Common(NamedTuple):
+    """What the rows of a decoder have in common; everything else is each row's own."""
+
+    geometry: Geometry
+    rule: TorchRule | None
+    cfg_scale: float
+    stop_ids: tuple[int, ...]
+
+    @staticmethod
+    def of(geometry: Geometry, config: GenerationConfig) -> Common:
+        """Of rows decoded so, geometry being that with the token ids that the settings name."""
+        rule = config.selection
+        stops = config.stop_on_eos and not config.infill
+        return Common(
+            geometry,
+            rule if isinstance(rule, TorchRule) else None,
+            config.cfg_scale,
+            geometry.eos_ids if stops else (),
+        )
+
+
+class BadLogits(ValueError):
+    """NaN or infinite logits; what the ``rows`` would have filled stays open."""
+
+    def __init__(self, message: str, rows: Sequence[DecodingRow]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
 class Decoder:
-    """Tensors of a batch of rows, and the turn that advances them.
+    """Rows in tensors, and the turn that advances them. Rows may come and go between turns.
 
     Attributes:
         wants_all: the logits of every query are computed, not of the candidates alone.
+        rows: those that are here.
+        tokens, given, step_map, confidence: [slots, width], int64, bool, int32 and float32: of row r at
+            ``r.index``. ``given`` are tokens that no step has filled.
+        state, knobs, quotas: [slots, ...], as ``ops.unmask`` takes them.
+        shared: forwards of rows that were read off another's.
 
     Args:
         model: a patched model.
-        geometry: its sizes and token ids.
-        config: block length, cache mode, rule and temperature, shared by the rows.
+        common: what the rows have in common.
         cache: where keys and values go.
-        rows: 1-D int64 tensors, masks where tokens are to be generated.
-        seeds: (seed, stream) of each row.
+        rows: to begin with.
+
+    Raises:
+        OutOfPages: the rows need more than are free.
     """
 
     wants_all = False
 
+    tokens: Tensor
+    given: Tensor
+    step_map: Tensor
+    confidence: Tensor
+    state: Tensor
+    knobs: Tensor
+    quotas: Tensor
+    block_begin: Tensor
+
     def __init__(
-        self,
-        model: nn.Module,
-        geometry: Geometry,
-        config: GenerationConfig,
-        cache: PagedKVCache,
-        rows: Sequence[Tensor],
-        seeds: Sequence[tuple[int, int]],
+        self, model: nn.Module, common: Common, cache: PagedKVCache, rows: Sequence[DecodingRow] = ()
     ) -> None:
-        self.model, self.geometry, self.config, self.cache = model, geometry, config, cache
+        self.model, self.common, self.cache = model, common, cache
+        self.geometry = common.geometry
         self.family: Family = patched_family(model)
         self.parts = self.family.parts(model)
         self.runtime = make_runtime(patched_options(model), self.family, self.parts)
-        self.seeds, self.rule = seeds, config.selection
-        lengths = [len(row) for row in rows]
-        self.attention = Attention(self.geometry, cache, max(lengths), dtype_of(self.parts))
-        device = rows[0].device
-        self.graphs = None if self.wants_all else graphs_of(model, self.runtime, device)
-        self.timings = Clock(device)
-
-        count, width = len(rows), max(lengths)
-        self.tokens = torch.full((count, width), self.geometry.pad_id, dtype=torch.int64, device=device)
-        for b, row in enumerate(rows):
-            self.tokens[b, : len(row)] = row
-        self.given = self.tokens != self.geometry.mask_id
-        self.step_map = torch.full((count, width), -1, dtype=torch.int32, device=device)
-        self.confidence = torch.zeros((count, width), dtype=torch.float32, device=device)
-        self.stop_ids = self.geometry.eos_ids if config.stop_on_eos and not config.infill else ()
-        self.eos_ids = torch.tensor(self.stop_ids, dtype=torch.int64, device=device)
-        self.knobs = self._knobs().repeat(count, 1).to(device)
-        self.filtered = config.top_p not in (None, 1) or config.top_k is not None
-
-        masks = [(row == self.geometry.mask_id).nonzero()[:, 0].tolist() for row in rows]
-        blocks = [split_blocks(positions, config.block_length) for positions in masks]
-        state = torch.zeros((count, len(Row)), dtype=torch.int64)
-        for b, length in enumerate(lengths):
-            state[b, Row.RULE], state[b, Row.SCORE] = self.rule.op, REMASKING[config.ranks_by]
-            state[b, Row.SEED], state[b, Row.STREAM] = seeds[b]
-            state[b, Row.FIRST], state[b, Row.END] = blocks[b][0].begin, length
-            state[b, Row.EOS_AT] = -1
-        self.state = state.to(device)
-        # Every step fills a mask or more, so a block has as many steps as masks at most.
-        steps = max(b.masks for b in itertools.chain(*blocks)) if self.rule.op == Rule.QUOTA else 1
-        self.quotas = torch.ones((count, steps), dtype=torch.int32, device=device)
-        longest = max(b.end - b.begin for b in itertools.chain(*blocks))
-        self.memory = Memory(count, longest, device)  # of a TorchRule
-        self.block_begin = torch.zeros(count, dtype=torch.int64, device=device)  # likewise
-        self._plan: Plan | None = None
+        self.device = device_of(self.parts.embedding)
+        self.graphs = None if self.wants_all else graphs_of(model, self.runtime, self.device)
+        self.timings = Clock(self.device)
+        self.eos_ids = torch.tensor(common.stop_ids, dtype=torch.int64, device=self.device)
         self.rows: list[DecodingRow] = []
-        twins = 2 if config.cfg_scale else 1
-        shadows = [
-            pages_of_shadows(config, length - b[0].begin, self.family.shift, cache.page_size)
-            for b, length in zip(blocks, lengths, strict=True)
+        # Of each tensor: the dtype, and what stands where there is no row.
+        self._tensors = {
+            "tokens": (torch.int64, self.geometry.pad_id),
+            "given": (torch.bool, True),
+            "step_map": (torch.int32, -1),
+            "confidence": (torch.float32, 0.0),
+            "state": (torch.int64, 0),
+            "knobs": (torch.float32, 0.0),
+            "quotas": (torch.int32, 1),
+            "block_begin": (torch.int64, 0),
+        }
+        self._free: list[int] = []
+        self._sizes = {"slots": 0, "width": 0, "steps": 1, "block": 0}
+        self.memory = Memory(0, 0, self.device)  # of a TorchRule
+        self._plan: Plan | None = None
+        self.shared = 0
+        self.enter(rows)
+
+    def enter(self, rows: Sequence[DecodingRow]) -> None:
+        """Takes rows in, all or none; they have ``content``.
+
+        One that is ``like`` another gets its pages when it first takes part in a turn.
+
+        Raises:
+            OutOfPages: the rows need more than are free.
+        """
+        self._make_room(rows)
+        needed = [
+            [] if row.like is not None else row.page_lengths(self.family.shift, self.cache.page_size)
+            for row in rows
         ]
-        needed = lengths * twins + [pages * cache.page_size for pages in shadows if pages]
-        sequences = cache.add(needed)  # last: from here on close() gives the pages back
-        for b, length in enumerate(lengths):
-            self.rows.append(
-                DecodingRow(b, tuple(sequences[b::count]), blocks[b][0].begin, length, blocks[b])
-            )
-            self._enter_block(self.rows[b])
+        sequences = iter(self.cache.add(list(itertools.chain(*needed))))
+        for row, lengths in zip(rows, needed, strict=True):
+            row.sequences = tuple(itertools.islice(sequences, len(lengths)))
+            row.index = self._free.pop()
+            self.rows.append(row)
+        for row in rows:
+            self._write(row)
+        self._plan = None
+
+    def leave(self, row: DecodingRow) -> None:
+        """Gives a row's pages and its place back."""
+        for sequence in row.sequences:
+            self.cache.free(sequence)
+        row.sequences = ()
+        self.rows.remove(row)
+        self._free.append(row.index)
+        self.state[row.index] = 0
+        row.index = -1
+        self._plan = None
+
+    def put_aside(self, row: DecodingRow) -> None:
+        """As :meth:`leave`, but so that it can enter again: it keeps what stood in it at its last refresh.
+
+        What it then fills is what it had filled since, if logits have the same bits.
+        """
+        tensors = (self.tokens, self.step_map, self.confidence)
+        tokens, steps, confidence = (x[row.index, : row.end].clone() for x in tensors)
+        row.roll_back()
+        void = steps >= row.nfe
+        row.content = Content(
+            tokens.masked_fill(void, self.geometry.mask_id),
+            steps.masked_fill(void, -1),
+            confidence.masked_fill(void, 0.0),
+        )
+        self.leave(row)
 
     def close(self) -> None:
-        """Gives the rows' pages back."""
-        for row in self.rows:
-            for sequence in row.sequences:
-                self.cache.free(sequence)
-        self.rows = []
+        """Gives all pages back."""
+        for row in list(self.rows):
+            self.leave(row)
+
+    def _page_lengths(self, row: DecodingRow) -> list[int]:
+        return row.page_lengths(self.family.shift, self.cache.page_size)
+
+    def _make_room(self, rows: Sequence[DecodingRow]) -> None:
+        """Makes the tensors as large as these rows need beside those that are here."""
+        if not rows:
+            return
+        have = self._sizes
+        slots = len(self.rows) + len(rows)
+        quota = any(row.config.selection.op == Rule.QUOTA for row in rows)
+        blocks = list(itertools.chain(*(row.blocks for row in rows)))
+        sizes = {
+            "slots": max(slots, 2 * have["slots"]) if slots > have["slots"] else have["slots"],
+            "width": max(have["width"], *(row.end for row in rows)),
+            # Every step fills a mask or more, so a block has as many steps as masks at most.
+            "steps": max(have["steps"], *(b.masks for b in blocks)) if quota else have["steps"],
+            "block": max(have["block"], *(b.end - b.begin for b in blocks)),
+        }
+        if sizes == have:
+            return
+        second = {"state": [len(Row)], "knobs": [len(Knob)], "quotas": [sizes["steps"]], "block_begin": []}
+        for name, (dtype, empty) in self._tensors.items():
+            shape = [sizes["slots"], *second.get(name, [sizes["width"]])]
+            larger = torch.full(shape, empty, dtype=dtype, device=self.device)
+            if self.rows:
+                old = getattr(self, name)
+                larger[tuple(map(slice, old.shape))] = old
+            setattr(self, name, larger)
+        self.memory.grow(sizes["slots"], sizes["block"])
+        if table_length(sizes["width"]) != table_length(max(1, have["width"])) or not have["width"]:
+            dtype = dtype_of(self.parts)
+            self.attention = Attention(self.geometry, self.cache, sizes["width"], dtype)
+        self._free = [*range(sizes["slots"] - 1, have["slots"] - 1, -1), *self._free]
+        self._sizes = sizes
+
+    def _write(self, row: DecodingRow) -> None:
+        """Puts what is known of a row into the tensors."""
+        b, content = row.index, row.content
+        assert content is not None
+        row.content = None
+        given = (content.tokens != self.geometry.mask_id) & (content.step_map < 0)
+        for name, new in (vars(content) | {"given": given}).items():
+            tensor = getattr(self, name)[b]
+            tensor[: row.end], tensor[row.end :] = new, self._tensors[name][1]
+        config, state = row.config, [0] * len(Row)
+        state[Row.RULE], state[Row.SCORE] = config.selection.op, REMASKING[config.ranks_by]
+        state[Row.SEED], state[Row.STREAM] = row.seed
+        state[Row.FIRST], state[Row.END], state[Row.STEP], state[Row.EOS_AT] = row.first, row.end, row.nfe, -1
+        self.state[b] = torch.tensor(state, device=self.device)
+        self.knobs[b] = self._knobs(config).to(self.device)
+        self._enter_block(row, row.block)
 
     @torch.no_grad()
-    def turn(self) -> list[DecodingRow]:
-        """One forward of every row that is not done; returns the rows that took part.
+    def turn(self, rows: Sequence[DecodingRow] | None = None) -> list[DecodingRow]:
+        """One forward of every row that is not done, or of those given; returns the rows that took part.
 
         On CUDA as many as there are until a row has filled its block, where they are of one shape.
+
+        Raises:
+            BadLogits: after the other rows have advanced.
+            OutOfPages: a row's pages are shared and there are none to take instead; no row has advanced.
         """
-        active = [row for row in self.rows if not row.done]
+        active = sorted(
+            (row for row in (self.rows if rows is None else rows) if not row.done), key=lambda row: row.index
+        )
         plan = self._make_plan(active)
         if self.graphs is None or plan.shape is None:
-            self._take_step(plan)
+            self._take_step(plan, active)
         else:
             self._take_steps(plan, plan.shape, active)
         state = self.state.tolist()  # the turn's one wait for the device
-        if any(state[row.index][Row.BAD_LOGITS] for row in active):
-            raise ValueError(self._describe_bad_logits(plan, state))
+        bad = [row for row in active if state[row.index][Row.BAD_LOGITS]]
         for row in active:
-            self._advance(row, state[row.index])
+            if row not in bad:
+                self._advance(row, state[row.index])
+        if bad:
+            steps = {row.index: plan.steps[row.index] for row in bad}
+            raise BadLogits(self._describe_bad_logits(bad, steps, state[bad[0].index][Row.STEP]), bad)
         return active
 
-    def _take_step(self, plan: Plan) -> None:
+    def _take_step(self, plan: Plan, active: list[DecodingRow]) -> None:
         """One step of the plan, launch by launch."""
-        counts = [0] * len(self.rows)  # masks among the candidates, for each row of the decoder
-        for index, step in plan.steps.items():
-            counts[index] = min(self.rows[index].masks_left, step.candidates[1] - step.candidates[0])
+        counts = [0] * len(self.state)  # masks among the candidates, of each row of the tensors
+        for row in active:
+            begin, end = plan.steps[row.index].candidates
+            counts[row.index] = min(row.masks_left, end - begin)
         with self.timings.phase("refresh" if plan.has_refresh else "block_steps"):
-            logits, positions = self._forward(plan, sum(counts))
+            logits, positions = self._forward(plan, [counts[index] for index in plan.computed])
         with self.timings.phase("selection"):
-            if isinstance(self.rule, TorchRule):
-                self._choose(self.rule, plan, logits, positions, counts)
+            if self.common.rule is not None:
+                self._choose(self.common.rule, plan, logits, positions, counts)
             else:
                 self._unmask(logits, positions, counts)
 
@@ -312,7 +326,7 @@ class Decoder:
             self.quotas,
             self.eos_ids,
             self.geometry.mask_id,
-            self.filtered,
+            any(row.config.filters for row in self.rows),
         )
 
     def _choose(
@@ -356,7 +370,7 @@ class Decoder:
         for kept, empty in ((self.tokens, self.geometry.mask_id), (self.step_map, -1), (self.confidence, 0)):
             kept[rows, positions] = kept[rows, positions].masked_fill(where, empty)
         self.state[:, Row.MASKS_LEFT].index_add_(0, rows, where.long())
-        if self.stop_ids:
+        if self.common.stop_ids:
             position = torch.arange(self.tokens.shape[1], device=rows.device)
             inside = (position >= self.state[:, Row.FIRST, None]) & (position < self.state[:, Row.END, None])
             mask = self.tokens == self.geometry.mask_id
@@ -382,25 +396,23 @@ class Decoder:
             )
             taken.step.store(state, index)
 
-    def _knobs(self) -> Tensor:
-        c, knobs = self.config, torch.zeros(len(Knob), dtype=torch.float32)
-        knobs[Knob.VALUE], knobs[Knob.TEMPERATURE] = self.rule.value, c.temperature
-        knobs[Knob.SOFTMAX_TEMPERATURE] = (
-            c.temperature if self.family.samples_first and c.temperature else 1.0
-        )
-        knobs[Knob.TOP_P] = 1.0 if c.top_p is None else c.top_p
-        knobs[Knob.TOP_K] = c.top_k or 0
-        knobs[Knob.RANK_TEMPERATURE] = c.alg_temp
-        return knobs
+    def _knobs(self, config: GenerationConfig) -> Tensor:
+        knobs = [0.0] * len(Knob)
+        knobs[Knob.VALUE], knobs[Knob.TEMPERATURE] = config.selection.value, config.temperature
+        knobs[Knob.SOFTMAX_TEMPERATURE] = (self.family.samples_first and config.temperature) or 1.0
+        knobs[Knob.TOP_P] = 1.0 if config.top_p is None else config.top_p
+        knobs[Knob.TOP_K] = config.top_k or 0
+        knobs[Knob.RANK_TEMPERATURE] = config.alg_temp
+        return torch.tensor(knobs, dtype=torch.float32)
 
-    def _forward(self, plan: Plan, masks: int) -> tuple[Tensor, Tensor]:
-        """Logits [masks, vocab] of the masks among the candidates, and their positions [masks].
+    def _forward(self, plan: Plan, masks: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Logits [R, vocab] of the masks among the candidates, row by row, and their positions [R].
 
-        Behind these logits, those of the shadows.
+        Behind these logits, those of the shadows. ``masks``: how many each of the rows computed has.
         """
         flat = self.tokens.view(-1)
         inputs = flat[plan.tokens]
-        if self.config.cfg_scale:  # a twin sees nothing of what was given
+        if self.common.cfg_scale:  # a twin sees nothing of what was given
             twins = inputs.view(2, -1)[1]
             twins.masked_fill_(self.given.view(-1)[plan.tokens].view(2, -1)[1], self.geometry.mask_id)
         if len(plan.hidden):
@@ -408,8 +420,13 @@ class Decoder:
         self.attention.attend_over(plan.layout)
         hidden = self.runtime.hidden(inputs, self.attention)
         masked = flat[plan.candidates] == self.geometry.mask_id
-        chosen = torch.nonzero_static(masked, size=masks).squeeze(1)  # the count is known: no wait
-        return self._logits(hidden, plan, chosen).to(self.tokens.device), plan.positions[chosen]
+        chosen = torch.nonzero_static(masked, size=sum(masks)).squeeze(1)  # the count is known: no wait
+        logits, positions = self._logits(hidden, plan, chosen).to(self.device), plan.positions[chosen]
+        if len(plan.origins) > len(plan.computed):
+            parts = torch.arange(sum(masks)).split(list(masks))
+            index = torch.cat([parts[origin] for origin in plan.origins]).to(self.device)
+            logits, positions = logits[index], positions[index]
+        return logits, positions
 
     def _logits(self, hidden: Tensor, plan: Plan, chosen: Tensor) -> Tensor:
         """[R, vocab] of the candidates chosen; with guidance, u + (1 + scale)(c - u), u being the twin's.
@@ -424,28 +441,56 @@ class Decoder:
         return guided(
             self.runtime.head,
             hidden[chosen],
-            twins[chosen] if self.config.cfg_scale else twins,
-            self.config.cfg_scale,
+            twins[chosen] if self.common.cfg_scale else twins,
+            self.common.cfg_scale,
         )
 
     def _make_plan(self, active: list[DecodingRow]) -> Plan:
         """The rows' next forward."""
-        steps = {row.index: row.next_step(self.config, self.family.shift) for row in active}
-        if self._plan is None or steps != self._plan.steps:
-            self._plan = self._build_plan(active, steps)
-        return self._plan
+        steps = {row.index: row.next_step(self.family.shift) for row in active}
+        if self._plan is not None and steps == self._plan.steps:
+            return self._plan
+        self._plan = None  # whatever becomes of this: pages may be others by then
+        plan = self._build_plan(active, steps)
+        if len(plan.computed) == len(active):  # what serves several rows does so once
+            self._plan = plan
+        self.shared += len(active) - len(plan.computed)
+        return plan
+
+    def _provide(self, active: list[DecodingRow], steps: dict[int, Step]) -> dict[int, int]:
+        """Gives rows the pages they write to; returns those that another serves, with that."""
+        served = {}
+        for row in active:
+            like = row.like
+            if like in active and row.nfe == like.nfe == 0 and steps[row.index] == steps[like.index]:
+                served[row.index] = like.index
+            elif not row.sequences:
+                row.sequences = tuple(
+                    self.cache.add(row.page_lengths(self.family.shift, self.cache.page_size))
+                )
+        for row in active:
+            if row.index not in served:
+                for sequence in row.sequences[: 2 if self.common.cfg_scale else 1]:
+                    self.cache.prepare_write(sequence, *steps[row.index].queries)
+        for row in active:
+            if row.index in served and row.like is not None:
+                row.sequences = tuple(map(self.cache.fork, row.like.sequences))
+        return served
 
     def _build_plan(self, active: list[DecodingRow], steps: dict[int, Step]) -> Plan:
-        device, width = self.tokens.device, self.tokens.shape[1]
+        served = self._provide(active, steps)
+        order = [row.index for row in active if row.index not in served]
+        origins = [order.index(served.get(row.index, row.index)) for row in active]
+        active = [row for row in active if row.index not in served]
+        device, width = self.device, self.tokens.shape[1]
         tokens, positions, slots, candidates, candidate_positions, wanted = [], [], [], [], [], []
         sequences: list[int] = []
         lengths: list[int] = []
         outputs: list[int] = []
-        for lane in range(2 if self.config.cfg_scale else 1):
+        for lane in range(2 if self.common.cfg_scale else 1):
             for row in active:
                 step, sequence = steps[row.index], row.sequences[lane]
                 begin, end = step.queries
-                self.cache.prepare_write(sequence, begin, end)
                 where = torch.arange(begin, end)
                 tokens.append(where + row.index * width)
                 positions.append(where)
@@ -464,7 +509,7 @@ class Decoder:
                     candidate_positions.append(fill)
         visible = [steps[row.index].visible for row in active] * (len(sequences) // len(active))
         tables = [self.cache.block_table(sequences)]
-        shadows = self._shadows_of(active, steps, tables[0]) if self.rule.verifies else []
+        shadows = self._shadows_of(active, steps, tables[0]) if self.verifies else []
         hidden = [torch.arange(0)]
         for row, shadow in zip(active, shadows, strict=False):
             count, each = shadow.positions.shape
@@ -486,13 +531,14 @@ class Decoder:
             queries=Runs.of(lengths),
             wanted=torch.cat(wanted),
             outputs=Runs.of(outputs),
-            is_fresh=all(step.is_refresh for step in steps.values()) and len(hidden) == 1,
+            is_fresh=all(steps[index].is_refresh for index in order) and len(hidden) == 1,
             private=private_pages(shadows, self.cache.page_size),
         ).to(device)
         flat, fills, filled, masked = (
             torch.cat(x).to(device) for x in (tokens, candidates, candidate_positions, hidden)
         )
-        return Plan(steps, flat, layout, fills, filled, masked, self._shape(active, layout))
+        shape = self._shape(active, layout) if not served else None
+        return Plan(steps, flat, layout, fills, filled, masked, order, origins, shape)
 
     def _shadows_of(self, active: list[DecodingRow], steps: dict[int, Step], tables: Tensor) -> list[Shadows]:
         """Of each row."""
@@ -513,78 +559,52 @@ class Decoder:
             {b - a for a, b in itertools.pairwise(runs.offsets)} for runs in (layout.queries, layout.outputs)
         )
         same = len(queries) == len(candidates) == 1
-        graphs = self.config.cache == "dual" and not isinstance(self.rule, TorchRule)
+        graphs = self.common.rule is None and all(row.config.cache == "dual" for row in active)
         if not graphs or any(row.fresh for row in active) or not same:
             return None
         return BlockShape(
             rows=batch_bucket(len(active)),
-            lanes=2 if self.config.cfg_scale else 1,
+            lanes=2 if self.common.cfg_scale else 1,
             queries=queries.pop(),
             candidates=candidates.pop(),
             pages=page_bucket(layout.block_table.shape[1]),
             quota_steps=self.quotas.shape[1],
-            eos_ids=self.stop_ids,
+            eos_ids=self.common.stop_ids,
             mask_id=self.geometry.mask_id,
             pad_id=self.geometry.pad_id,
-            filtered=self.filtered,
-            cfg_scale=self.config.cfg_scale,
+            filtered=any(row.config.filters for row in active),
+            cfg_scale=self.common.cfg_scale,
         )
 
     def _advance(self, row: DecodingRow, state: list[int]) -> None:
         """Takes over what the device says of a row: block filled, row finished."""
         row.nfe, row.masks_left, row.fresh = state[Row.STEP], state[Row.MASKS_LEFT], False
-        if state[Row.EOS_AT] >= 0 and (row.masks_left == 0 or not self.rule.verifies):
+        if state[Row.EOS_AT] >= 0 and (row.masks_left == 0 or not self.verifies):
             row.done = True
         elif row.masks_left == 0:
-            row.block += 1
-            if row.block == len(row.blocks):
-                row.done = True
-            else:
-                self._enter_block(row)
+            row.done = row.block + 1 == len(row.blocks)
+            if not row.done:
+                self._enter_block(row, row.block + 1)
 
-    def _enter_block(self, row: DecodingRow) -> None:
-        """Sets the state of the row's next block: all masks, no step taken, how many each step fills."""
-        row.fresh, row.masks_left = True, row.blocks[row.block].masks
+    def _enter_block(self, row: DecodingRow, block: int) -> None:
+        """Sets the state of a row's block: all masks, no step taken, how many each step fills."""
+        row.enter_block(block)
         values = {Row.BLOCK_STEP: 0, Row.MASKS_LEFT: row.masks_left}
-        self.state[row.index, list(values)] = torch.tensor(list(values.values()), device=self.state.device)
-        if isinstance(self.rule, TorchRule):
-            self.block_begin[row.index] = row.blocks[row.block].begin
+        self.state[row.index, list(values)] = torch.tensor(list(values.values()), device=self.device)
+        if self.common.rule is not None:
+            self.block_begin[row.index] = row.blocks[block].begin
             self.memory.forget(row.index)
-        if self.rule.op == Rule.QUOTA:
-            quotas = torch.tensor(self._quotas_of_block(row), dtype=torch.int32)
-            self.quotas[row.index, : len(quotas)] = quotas.to(self.quotas.device)
+        if row.config.selection.op == Rule.QUOTA:
+            quotas = torch.tensor(row.quotas(self.family.shift), dtype=torch.int32)
+            self.quotas[row.index, : len(quotas)] = quotas.to(self.device)
 
-    def _quotas_of_block(self, row: DecodingRow) -> list[int]:
-        """How many masks each step of the row's block fills, from its first step to its last."""
-        begin, end = row.next_step(self.config, self.family.shift).candidates
-        # Where the first step has one candidate, the others share the rest.
-        alone = int(end - begin == 1 < row.masks_left)
-        times = self._time_steps(row)
-        if times is None:
-            steps = max(1, self._steps_of_block(row) - alone)
-            return [1] * alone + share_evenly(row.masks_left - alone, steps)
-        quotas: list[int] = []
-        left = row.masks_left
-        while left > 0:
-            quotas.append(times.quota(left, 1 if alone and not quotas else left))
-            left -= quotas[-1]
-        return quotas
+    @property
+    def verifies(self) -> bool:
+        """The rows' rule does."""
+        return self.common.rule is not None and self.common.rule.verifies
 
-    def _steps_of_block(self, row: DecodingRow) -> int:
-        share, rest = divmod(self.config.steps or 0, len(row.blocks))
-        return max(1, share + (row.block < rest))
-
-    def _time_steps(self, row: DecodingRow) -> TimeSteps | None:
-        """Those of the row's block, from the first on, where the schedule has them."""
-        if self.config.schedule == "even":
-            return None
-        seed, stream = self.seeds[row.index]
-        chance = random.Random(f"{seed} {stream} {row.block}")
-        independent = self.config.schedule == "independent"
-        return TimeSteps(self._steps_of_block(row), self.config.eps, chance if independent else None)
-
-    def _describe_bad_logits(self, plan: Plan, state: list[list[int]]) -> str:
-        """Which rows, and the first module whose output went wrong: the same forward once more, watched."""
+    def _describe_bad_logits(self, bad: list[DecodingRow], steps: dict[int, Step], number: int) -> str:
+        """Which rows, and the first module whose output went wrong: their forward once more, watched."""
         found: list[str] = []
 
         def watch(name: str, module: nn.Module) -> Any:
@@ -595,36 +615,25 @@ class Decoder:
 
             return module.register_forward_hook(hook)
 
-        self.runtime = Modules(self.family, self.parts)  # whose modules hooks can watch
+        runtime, self.runtime = (
+            self.runtime,
+            Modules(self.family, self.parts),
+        )  # whose modules hooks can watch
         handles = [watch(name, module) for name, module in self.model.named_modules() if name]
         try:
-            masked = self.tokens.view(-1)[plan.candidates] == self.geometry.mask_id
-            self._forward(plan, int(masked.sum()))
+            plan = self._build_plan(bad, steps)
+            masked = self.tokens == self.geometry.mask_id
+            self._forward(plan, [int(masked[b, slice(*steps[b].candidates)].sum()) for b in plan.computed])
         finally:
+            self.runtime = runtime
             for handle in handles:
                 handle.remove()
-        rows = [b for b, fields in enumerate(state) if fields[Row.BAD_LOGITS]]
+        rows = [row.index for row in bad]
         where = f"the output of {found[0]}" if found else "the logits"
         return (
-            f"logits: NaN or infinite in rows {rows} at step {state[rows[0]][Row.STEP]}; first in {where}. "
+            f"logits: NaN or infinite in rows {rows} at step {number}; first in {where}. "
             "Nothing was committed"
         )
-
-
-def share_evenly(masks: int, steps: int) -> list[int]:
-    """How many masks each step fills, the first ones the remainder; no step fills none."""
-    share, rest = divmod(masks, steps)
-    return [share + (i < rest) for i in range(min(steps, masks))]
-
-
-def split_blocks(masks: Sequence[int], block_length: int) -> list[Block]:
-    """The blocks of a row from the positions of its masks: runs of ``block_length`` from the first mask on.
-
-    A run without a mask is no block; one that has some is cut to them.
-    """
-    runs = itertools.groupby(masks, key=lambda position: (position - masks[0]) // block_length)
-    found = [list(run) for _, run in runs]
-    return [Block(run[0], run[-1] + 1, len(run)) for run in found]
 
 
 class Clock:

@@ -291,6 +291,11 @@ class GenerationConfig:
         return Threshold(DEFAULT_THRESHOLD if self.threshold is None else self.threshold)
 
     @property
+    def filters(self) -> bool:
+        """``top_p`` or ``top_k`` leaves tokens out."""
+        return self.top_p not in (None, 1) or self.top_k is not None
+
+    @property
     def ranks_by(self) -> str:
         """What positions are ranked by, in the words of ``remasking``: a ``rule`` decides it."""
         return self.remasking if self.rule is None else self.selection.ranks_by

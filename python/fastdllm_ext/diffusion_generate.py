@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from transformers.utils.generic import ModelOutput
 
 from fastdllm_ext.cache import PagedKVCache
 from fastdllm_ext.checks import check_count
-from fastdllm_ext.decoder import Block, Decoder, DecodingRow, Plan, TimeSteps
+from fastdllm_ext.decoder import Decoder, Plan
 from fastdllm_ext.decoding import GenerationConfig, GenerationOutput, Streamer
 from fastdllm_ext.generate import run
 from fastdllm_ext.ops import Row
 from fastdllm_ext.patching.registry import patched_family, unwrapped
+from fastdllm_ext.rows import Block, DecodingRow, TimeSteps
 
 # What Dream's configuration says where neither the caller nor the checkpoint does.
 PUBLISHED: dict[str, Any] = {
@@ -191,8 +192,8 @@ class _HookedDecoder(Decoder):
             self.close()  # nobody else has the decoder yet
             raise
 
-    def turn(self) -> list[DecodingRow]:
-        active = super().turn()
+    def turn(self, rows: Sequence[DecodingRow] | None = None) -> list[DecodingRow]:
+        active = super().turn(rows)
         self._edit(max(row.nfe for row in self.rows) - 1)
         return active
 
@@ -226,7 +227,7 @@ class _HookedDecoder(Decoder):
                 row.block, row.masks_left = 0, len(masks)
                 self.state[row.index, Row.MASKS_LEFT] = len(masks)
                 if row.index not in self.times:
-                    self.times[row.index] = self._time_steps(row)
+                    self.times[row.index] = row.time_steps()
                 times = self.times[row.index]
                 if times is not None:
                     self.quotas[row.index] = times.quota(len(masks), len(masks))

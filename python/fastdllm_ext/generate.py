@@ -21,7 +21,7 @@ from fastdllm_ext.arguments import (
     with_token_ids,
 )
 from fastdllm_ext.cache import PagedKVCache
-from fastdllm_ext.decoder import Decoder, DecodingRow
+from fastdllm_ext.decoder import Common, Decoder
 from fastdllm_ext.decoding import (
     CONFIG_KEY,
     Commit,
@@ -32,7 +32,7 @@ from fastdllm_ext.decoding import (
 )
 from fastdllm_ext.forward import device_of, evaluating
 from fastdllm_ext.patching.registry import patched_family, patched_options, unwrapped
-from fastdllm_ext.shadows import pages_of_shadows
+from fastdllm_ext.rows import DecodingRow
 
 __all__ = ["generate"]
 
@@ -136,7 +136,7 @@ def run(
             active = decoder.turn()
             if report is not None:
                 report(active)
-        output = _output(decoder)
+        output = output_of(decoder, decoder.rows)
         if report is not None:
             report.end(output)
     return output
@@ -167,13 +167,16 @@ def opened(
     check_settings(family, geometry, config, prompts, rows, streamer)
     if not geometry.eos_ids:
         config = replace(config, stop_on_eos=False)
-    lengths = [len(row) for row in rows] * (2 if config.cfg_scale else 1)
-    for prompt, row in zip(prompts, rows, strict=True):
-        answer = len(row) - (0 if config.infill else len(prompt))
-        lengths += [1] * pages_of_shadows(config, answer, family.shift)  # a page each
-    kv_cache = open_cache(kv_cache, geometry, lengths, parts, patched_options(model))
+    decoding = [
+        DecodingRow.of(row, config, seed, geometry.mask_id)
+        for row, seed in zip(rows, row_seeds(config, len(rows)), strict=True)
+    ]
 
-    decoder = decoder_class(model, geometry, config, kv_cache, rows, row_seeds(config, len(rows)))
+    def lengths(page_size: int) -> list[int]:
+        return [n for row in decoding for n in row.page_lengths(family.shift, page_size)]
+
+    kv_cache = open_cache(kv_cache, geometry, lengths, parts, patched_options(model))
+    decoder = decoder_class(model, Common.of(geometry, config), kv_cache, decoding)
     try:
         with evaluating(model):
             yield decoder
@@ -203,33 +206,61 @@ def defaults_of(model: nn.Module) -> GenerationConfig:
     return GenerationConfig(**values)
 
 
-def _output(decoder: Decoder) -> GenerationOutput:
-    """Cuts every row at its first EOS and gathers the results."""
-    rows, device = decoder.rows, decoder.tokens.device
+def output_of(decoder: Decoder, rows: Sequence[DecodingRow]) -> GenerationOutput:
+    """What stands in rows, each cut at its first EOS."""
+    device = decoder.device
+    index = torch.tensor([row.index for row in rows], device=device)
     first = torch.tensor([row.first for row in rows], device=device)
     total = torch.tensor([row.end for row in rows], device=device)
-    position = torch.arange(decoder.tokens.shape[1], device=device)[None]
+    position = torch.arange(max(row.end for row in rows), device=device)[None]
+    tokens, steps, confidence = (
+        x[index, : position.shape[1]] for x in (decoder.tokens, decoder.step_map, decoder.confidence)
+    )
     answer = (position >= first[:, None]) & (position < total[:, None])
-    eos_ids = () if decoder.config.infill else decoder.geometry.eos_ids
-    eos = answer & torch.isin(decoder.tokens, torch.tensor(eos_ids, dtype=torch.int64, device=device))
+    ids = torch.tensor(decoder.geometry.eos_ids, dtype=torch.int64, device=device)
+    infill = torch.tensor([row.config.infill for row in rows], device=device)
+    eos = answer & torch.isin(tokens, ids) & ~infill[:, None]
     lengths = torch.where(eos.any(1), eos.int().argmax(1) + 1, total)
-    if decoder.config.stop_on_eos:  # what lies behind an EOS is not part of the answer
-        behind = answer & (position >= lengths[:, None])
-        decoder.tokens[behind] = decoder.geometry.pad_id
-        decoder.step_map[behind] = -1
-        decoder.confidence[behind] = 0.0
+    stops = torch.tensor([row.config.stop_on_eos for row in rows], device=device)
+    # What lies behind an EOS is not part of the answer.
+    behind = position >= torch.where(stops, lengths, total)[:, None]
     offsets = first[:, None] + torch.arange(max(row.end - row.first for row in rows), device=device)[None]
-    inside = offsets < total[:, None]
-    offsets = offsets.clamp(max=decoder.tokens.shape[1] - 1)
+    outside = offsets >= total[:, None]
+    offsets = offsets.clamp(max=position.shape[1] - 1)
     return GenerationOutput(
-        sequences=decoder.tokens,
+        sequences=tokens.masked_fill(behind, decoder.geometry.pad_id),
         lengths=lengths,
         prompt_lengths=first,
         nfe=torch.tensor([row.nfe for row in rows], device=device),
-        step_map=decoder.step_map.gather(1, offsets).masked_fill(~inside, -1),
-        confidence=decoder.confidence.gather(1, offsets).masked_fill(~inside, 0.0),
+        step_map=steps.masked_fill(behind, -1).gather(1, offsets).masked_fill(outside, -1),
+        confidence=confidence.masked_fill(behind, 0.0).gather(1, offsets).masked_fill(outside, 0.0),
         timings=decoder.timings.read(),
     )
+
+
+def commits_of(decoder: Decoder, rows: Sequence[DecodingRow], since: Sequence[int]) -> list[list[Commit]]:
+    """Of each row, what its steps from ``since`` on have filled, one by one; ``Commit.row`` is its index."""
+    index = torch.tensor([row.index for row in rows], device=decoder.device)
+    steps = decoder.step_map[index]
+    where = steps >= torch.tensor(since, device=decoder.device)[:, None]
+    places = where.nonzero()
+    at = (index[places[:, 0]], places[:, 1])
+    found = [
+        {step: Commit(row.index, step, [], [], []) for step in range(first, row.nfe)}
+        for row, first in zip(rows, since, strict=True)
+    ]
+    for r, position, step, token, confidence in zip(
+        *places.T.tolist(),
+        steps[where].tolist(),
+        decoder.tokens[at].tolist(),
+        decoder.confidence[at].tolist(),
+        strict=True,
+    ):
+        commit = found[r][step]
+        commit.positions.append(position - rows[r].first)
+        commit.tokens.append(token)
+        commit.confidence.append(confidence)
+    return [list(commits.values()) for commits in found]
 
 
 class _Reporter:
@@ -249,17 +280,12 @@ class _Reporter:
             if not row.done:
                 self._put(row.blocks[row.block].begin)
             return
-        for row in active:
-            for step in range(self.steps[row.index], row.nfe):
-                self._commit(row, step)
+        for row, commits in zip(
+            active, commits_of(self.decoder, active, [self.steps[row.index] for row in active]), strict=True
+        ):
+            for commit in commits:
+                self.on_commit(commit)
             self.steps[row.index] = row.nfe
-
-    def _commit(self, row: DecodingRow, step: int) -> None:
-        b = row.index
-        where = (self.decoder.step_map[b] == step).nonzero().squeeze(1)
-        tokens, confidence = self.decoder.tokens[b, where], self.decoder.confidence[b, where]
-        positions = (where - row.first).tolist()
-        self.on_commit(Commit(b, step, positions, tokens.tolist(), confidence.tolist()))
 
     def end(self, output: GenerationOutput) -> None:
         if self.on_commit is None:

@@ -124,7 +124,7 @@ def _watch(
         _draw(rng, range(row.first), max_positions),
         _draw(rng, range(last.begin, last.end), max_positions),
     ]
-    forwards = min(max(decoder.config.steps or 0, len(row.blocks)), row.end - row.first)  # or less
+    forwards = min(max(row.config.steps or 0, len(row.blocks)), row.end - row.first)  # or less
     stride = -(-forwards // snapshots)
     steps, blocks = [], []
     kept: list[list[Tensor]] = []  # of each snapshot, of each region

@@ -13,13 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdllm_ext.checks import check_count
-from fastdllm_ext.decoder import Decoder, DecodingRow
+from fastdllm_ext.decoder import Decoder
 from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.eval.sweep import rule_label
 from fastdllm_ext.forward import device_of, dtype_of
 from fastdllm_ext.generate import opened
 from fastdllm_ext.ops import Knob, Row
 from fastdllm_ext.patching.registry import patched_family, patched_options, unwrapped
+from fastdllm_ext.rows import DecodingRow
 
 __all__ = ["TakenStep", "heading", "require_greedy", "settings_of", "taken_steps"]
 
@@ -135,7 +136,7 @@ def _steps_of_row(decoder: Decoder, row: DecodingRow, prompt: int) -> Iterator[T
         first = int((filled_at == number).nonzero()[0])  # every step fills a position or more
         block = next(i for i, block in enumerate(row.blocks) if first < block.end)
         at = replace(row, block=block, fresh=block != before)
-        step = at.next_step(decoder.config, decoder.family.shift)
+        step = at.next_step(decoder.family.shift)
         before, since_refresh = block, 0 if step.is_refresh else since_refresh + 1
         yield TakenStep(prompt, number, block, since_refresh, step.candidates, history)
 

@@ -87,6 +87,14 @@ class Memory:
         self._shape, self._device = (rows, length), device
         self._kept: dict[str, tuple[Tensor, float]] = {}
 
+    def grow(self, rows: int, length: int) -> None:
+        """Makes it as large; what is there stays."""
+        self._shape = (rows, length)
+        for name, (kept, fill) in self._kept.items():
+            larger = kept.new_full((*self._shape, *kept.shape[2:]), fill)
+            larger[: kept.shape[0], : kept.shape[1]] = kept
+            self._kept[name] = larger, fill
+
     def __call__(
         self, name: str, sizes: Sequence[int] = (), fill: float = 0.0, dtype: torch.dtype = torch.float32
     ) -> Tensor:
