@@ -66,6 +66,24 @@ def make_cache(num_pages: int = 6) -> fd.PagedKVCache:
     return cache
 
 
+def test_a_copy_that_runs_out_of_pages_halfway() -> None:
+    """Of two shared pages one can be copied: both hold what they held, and the call can be made again."""
+    cache = make_cache(4)
+    (a,) = cache.add([32])
+    cache.storage[0][:, :, [0, 1]] = torch.rand(2, 2, 2, 3, 16, 8)
+    before = cache.storage[0][:, :, [0, 1]].clone()
+    b = cache.fork(a)
+    (c,) = cache.add([16])
+    with pytest.raises(fd.OutOfPages):
+        cache.prepare_write(b, 0, 32)
+    assert torch.equal(cache.storage[0][:, :, cache.block_table([b])[0].long()], before)
+    assert torch.equal(cache.storage[0][:, :, cache.block_table([a])[0].long()], before)
+    cache.free(c)
+    cache.prepare_write(b, 0, 32)
+    assert torch.equal(cache.storage[0][:, :, cache.block_table([b])[0].long()], before)
+    assert cache.stats.num_shared == 0
+
+
 def test_block_tables_and_slots() -> None:
     cache = make_cache()
     a, b = cache.add([20, 16])

@@ -11,9 +11,10 @@ step, form one ragged forward; then `unmask` commits in all of them, and the row
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdllm_ext import ops
-from fastdllm_ext.cache import PagedKVCache
+from fastdllm_ext.cache import OutOfPages, PagedKVCache
 from fastdllm_ext.decoding import REMASKING, GenerationConfig, Timings
 from fastdllm_ext.forward import Attention, Layout, Runs, device_of, dtype_of
 from fastdllm_ext.ops import Knob, Row, Rule
@@ -462,9 +463,11 @@ class Decoder:
         served = {}
         for row in active:
             like = row.like
+            if row.sequences:
+                continue
             if like in active and row.nfe == like.nfe == 0 and steps[row.index] == steps[like.index]:
                 served[row.index] = like.index
-            elif not row.sequences:
+            else:
                 row.sequences = tuple(
                     self.cache.add(row.page_lengths(self.family.shift, self.cache.page_size))
                 )
@@ -615,15 +618,15 @@ class Decoder:
 
             return module.register_forward_hook(hook)
 
-        runtime, self.runtime = (
-            self.runtime,
-            Modules(self.family, self.parts),
-        )  # whose modules hooks can watch
+        runtime = self.runtime
+        self.runtime = Modules(self.family, self.parts)  # whose modules hooks can watch
         handles = [watch(name, module) for name, module in self.model.named_modules() if name]
+        masked = self.tokens == self.geometry.mask_id
         try:
             plan = self._build_plan(bad, steps)
-            masked = self.tokens == self.geometry.mask_id
             self._forward(plan, [int(masked[b, slice(*steps[b].candidates)].sum()) for b in plan.computed])
+        except OutOfPages:
+            pass  # rows share pages, and cannot be watched one by one
         finally:
             self.runtime = runtime
             for handle in handles:
@@ -637,12 +640,13 @@ class Decoder:
 
 
 class Clock:
-    """Adds up seconds by phase: wall time on the CPU, events on a GPU (read once, at the end)."""
+    """Adds up seconds by phase: wall time on the CPU, events on a GPU (read late: none is waited for)."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._start = perf_counter()
-        self._spans: list[tuple[str, Any, Any]] = []
+        self._timings = Timings()
+        self._spans: deque[tuple[str, Any, Any]] = deque()
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -657,13 +661,17 @@ class Clock:
         begin = self._now()
         yield
         self._spans.append((name, begin, self._now()))
+        while self._spans and (not self._cuda or len(self._spans) > 1000):  # of which the first are long over
+            self._add(*self._spans.popleft())
 
     def read(self) -> Timings:
         """Seconds so far."""
         if self._cuda:
             torch.cuda.synchronize()
-        timings = Timings(total=perf_counter() - self._start)
-        for name, begin, end in self._spans:
-            seconds = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
-            setattr(timings, name, getattr(timings, name) + seconds)
-        return timings
+        while self._spans:
+            self._add(*self._spans.popleft())
+        return replace(self._timings, total=perf_counter() - self._start)
+
+    def _add(self, name: str, begin: Any, end: Any) -> None:
+        seconds = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+        setattr(self._timings, name, getattr(self._timings, name) + seconds)
