@@ -66,6 +66,23 @@ def make_cache(num_pages: int = 6) -> fd.PagedKVCache:
     return cache
 
 
+def test_branches_share_their_first_pages() -> None:
+    cache = make_cache(5)
+    (a,) = cache.add([40])
+    b = cache.branch(a, 16, 40)
+    assert cache.block_table([a, b]).tolist() == [[0, 1, 2], [0, 3, 4]]
+    with pytest.raises(fd.OutOfPages):
+        cache.branch(a, 32, 40)
+    whole = cache.branch(a, 32, 32)
+    assert cache.block_table([whole]).tolist() == [[0, 1]]
+    for shared, length in ((8, 40), (64, 80), (32, 31), (0, 0)):
+        with pytest.raises(ValueError, match=f"shared={shared}: takes whole pages of 16, 3 at most"):
+            cache.branch(a, shared, length)
+    for sequence in (a, b, whole):
+        cache.free(sequence)
+    assert cache.stats.num_used == 0
+
+
 def test_a_copy_that_runs_out_of_pages_halfway() -> None:
     """Of two shared pages one can be copied: both hold what they held, and the call can be made again."""
     cache = make_cache(4)

@@ -502,3 +502,56 @@ def test_pages_by_default() -> None:
     with fd.Engine(tiny_llada(1), max_rows=3) as engine:
         assert engine.stats.num_pages == 3 * 256 // 32
         assert engine.longest == 256
+
+
+def test_kept_prompts_are_exact_where_nothing_else_differs() -> None:
+    """The same prompt and length: its keys are those that would be computed."""
+    for family in (tiny_llada, tiny_dream):
+        model, prompt = family(3), random_prompt(random.Random(1), 64, 64)
+        settings: dict[str, Any] = {
+            "gen_length": 24,
+            "block_length": 8,
+            "temperature": 1.0,
+            "stop_on_eos": False,
+        }
+        engine = Stepped(model, num_pages=40, reuse_prompts=True)
+        for seed in range(3):
+            request = engine.submit(prompt, seed=seed, **settings)
+            engine.run()
+            assert_same(request.result(0), alone(model, prompt, settings | {"seed": seed}))
+        assert engine.stats.reused_tokens == 2 * 32, "never the last token, and whole pages"
+        assert engine.stats.free_pages == 40 - 2, "the prompt's pages are kept"
+
+
+@pytest.mark.parametrize("family", [tiny_llada, tiny_dream])
+def test_kept_prompts_of_other_rows(family: Any) -> None:
+    """A common beginning is not computed again, and its keys are the earlier row's; pages go when needed."""
+    model, rng = family(3), random.Random(2)
+    begin = random_prompt(rng, 70, 70)
+    prompts = [torch.cat((begin, random_prompt(rng, n, n))) for n in (10, 20, 30)]
+    settings: dict[str, Any] = {"gen_length": 24, "block_length": 8, "stop_on_eos": False}
+    engine = Stepped(model, num_pages=8, reuse_prompts=True)
+    queries: list[int] = []
+    turn = engine._scheduler._take_turn
+
+    def watched(decoder: Any, rows: Any) -> None:
+        queries.extend(
+            b - a for row in rows if row.nfe == 0 for a, b in [row.next_step(decoder.family.shift).queries]
+        )
+        turn(decoder, rows)
+
+    engine._scheduler._take_turn = watched  # type: ignore[method-assign]
+    found = []
+    for prompt in prompts:
+        request = engine.submit(prompt, **settings)
+        engine.run()
+        found.append(request.result(0))
+    assert queries == [104, 114 - 64, 124 - 64]
+    assert engine.stats.reused_tokens == 128
+    assert_same(found[0], alone(model, prompts[0], settings))
+    assert all(len(completion.tokens) == 24 for completion in found)
+    other = random_prompt(rng, 200, 200)
+    large = engine.submit(other, **settings)
+    engine.run()
+    assert_same(large.result(0), alone(model, other, settings))
+    assert engine.stats.put_aside == 0

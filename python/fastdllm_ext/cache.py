@@ -143,6 +143,27 @@ class PagedKVCache:
         self._next += 1
         return self._next - 1
 
+    def branch(self, sequence: int, shared: int, length: int) -> int:
+        """A new sequence of ``length`` positions that shares the pages of another's first ``shared`` ones.
+
+        Args:
+            shared: positions, whole pages of them.
+
+        Raises:
+            OutOfPages: there are too few for the others.
+        """
+        pages = self._owned(sequence)
+        count = shared // self.page_size
+        if shared % self.page_size or not 0 <= count <= len(pages) or length < max(shared, 1):
+            raise ValueError(
+                f"shared={shared}: takes whole pages of {self.page_size}, {len(pages)} at most, in {length}"
+            )
+        own = self.pool.allocate(self.pages_for([length], self.page_size) - count)
+        self.pool.fork(pages[:count])
+        self._pages[self._next] = pages[:count] + own
+        self._next += 1
+        return self._next - 1
+
     def free(self, sequence: int) -> None:
         """Gives the sequence's pages back."""
         self.pool.free(self._owned(sequence))

@@ -169,19 +169,19 @@ class Decoder:
     def enter(self, rows: Sequence[DecodingRow]) -> None:
         """Takes rows in, all or none; they have ``content``.
 
-        One that is ``like`` another gets its pages when it first takes part in a turn.
+        One that is ``like`` another gets its pages when it first takes part in a turn; one may bring some.
 
         Raises:
             OutOfPages: the rows need more than are free.
         """
         self._make_room(rows)
         needed = [
-            [] if row.like is not None else row.page_lengths(self.family.shift, self.cache.page_size)
+            [] if row.like or row.sequences else row.page_lengths(self.family.shift, self.cache.page_size)
             for row in rows
         ]
         sequences = iter(self.cache.add(list(itertools.chain(*needed))))
         for row, lengths in zip(rows, needed, strict=True):
-            row.sequences = tuple(itertools.islice(sequences, len(lengths)))
+            row.sequences = row.sequences or tuple(itertools.islice(sequences, len(lengths)))
             row.index = self._free.pop()
             self.rows.append(row)
         for row in rows:

@@ -85,6 +85,8 @@ class DecodingRow:
         sequences: its number in the cache; with guidance, that of its prompt-less twin too; with a rule that
             verifies, that of its shadows' pages.
         like: a row with the same tokens, whose first forward may serve this one as well.
+        reused: positions whose keys its first refresh takes from another row, in which the same tokens stand;
+            those that it would compute are others.
         block: the block being filled.
         fresh: the next step is the block's first.
         masks_left: masks of the block.
@@ -102,6 +104,7 @@ class DecodingRow:
     index: int = -1
     sequences: tuple[int, ...] = ()
     like: DecodingRow | None = field(default=None, repr=False)
+    reused: int = 0
     block: int = 0
     fresh: bool = True
     masks_left: int = 0
@@ -152,7 +155,7 @@ class DecodingRow:
         # not compute, the first step fills that position and no other, for good.
         fills = (block.begin, block.begin + 1) if self.fresh and shift else whole
         if self.fresh and self.block % every == 0:
-            return Step((0, visible), visible, fills)
+            return Step((self.reused if self.block == 0 else 0, visible), visible, fills)
         if shift and verified != (0, 0):
             verified = (block.begin + 1, block.end)
         before, after = config.window

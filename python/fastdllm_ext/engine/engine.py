@@ -74,6 +74,8 @@ class Engine:
         max_forward_tokens: positions that a forward computes at most. Where more would have to be refreshed,
             some rows wait for the next.
         share_prompts: requests whose first forward is the same take it once.
+        reuse_prompts: the first refresh of a request takes over keys and values of an earlier one, as far as
+            their prompts begin with the same tokens. An approximation: docs/engine.md says of what quality.
 
     Raises:
         ValueError: a model that is not patched, or an argument out of range.
@@ -90,6 +92,7 @@ class Engine:
         max_queue: int | None = None,
         max_forward_tokens: int = 8192,
         share_prompts: bool = True,
+        reuse_prompts: bool = False,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_forward_tokens", max_forward_tokens)):
             check_count(name, value)
@@ -117,6 +120,7 @@ class Engine:
             max_rows=max_rows,
             max_forward_tokens=max_forward_tokens,
             share_prompts=share_prompts,
+            reuse_prompts=reuse_prompts,
             decode=self._decode,
         )
         self._lock = threading.Condition()

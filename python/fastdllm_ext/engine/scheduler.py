@@ -11,6 +11,7 @@ from torch import nn
 
 from fastdllm_ext.cache import OutOfPages, PagedKVCache
 from fastdllm_ext.decoder import BadLogits, Common, Decoder
+from fastdllm_ext.engine.prompts import KeptPrompts
 from fastdllm_ext.engine.request import Completion, Request, Update
 from fastdllm_ext.engine.statistics import EngineStats
 from fastdllm_ext.generate import commits_of, output_of
@@ -35,6 +36,7 @@ class Scheduler:
         max_rows: requests that run at once.
         max_forward_tokens: positions that a forward computes, but for what the oldest of its rows needs.
         share_prompts: one forward serves requests of which it is the same.
+        reuse_prompts: first refreshes take over keys of earlier prompts that begin with the same tokens.
         decode: turns answers into text.
     """
 
@@ -46,6 +48,7 @@ class Scheduler:
         max_rows: int,
         max_forward_tokens: int,
         share_prompts: bool,
+        reuse_prompts: bool,
         decode: Callable[[Sequence[int]], str | None],
     ) -> None:
         self.model, self.cache, self.decode = model, cache, decode
@@ -54,6 +57,7 @@ class Scheduler:
             max_forward_tokens,
             share_prompts,
         )
+        self.kept = KeptPrompts(cache) if reuse_prompts else None
         self.shift = patched_family(model).shift
         self.stats = EngineStats()
         self.waiting: list[tuple[int, Request]] = []  # a heap: those that were put aside come first again
@@ -82,15 +86,17 @@ class Scheduler:
         promised = sum(map(self.pages_of, self.running.values()))
         while self.waiting and len(self.running) < self.max_rows:
             request = self.waiting[0][1]
-            row, decoder = request.row, self._decoder(request.common)
+            row, needed = request.row, self.pages_of(request)
+            row.reused, row.like = 0, None
             row.like = self._like(request)
-            promised += self.pages_of(request)
+            promised += needed
             if row.like is None and promised > self.cache.stats.num_pages:
                 break
             heapq.heappop(self.waiting)
             self.running[row] = request
             try:
-                decoder.enter([row])
+                self._take_over(request, needed)
+                self._decoder(request.common).enter([row])
             except Exception as error:
                 self._fail([row], error)
             if request.progress.admitted is None:
@@ -111,6 +117,21 @@ class Scheduler:
         if common not in self.decoders:
             self.decoders[common] = Decoder(self.model, common, self.cache)
         return self.decoders[common]
+
+    def _take_over(self, request: Request, needed: int) -> None:
+        """Gives a row the kept keys of its prompt, and makes room for its others."""
+        row = request.row
+        if row.like is not None:
+            row.reused = row.like.reused
+        elif self.kept is not None:
+            while self.cache.stats.num_free < needed and self.kept.give_back():
+                pass
+            assert row.content is not None
+            found = self.kept.find(row.content.tokens[: row.first]) if _takes_over(request) else None
+            if found is not None:
+                row.sequences = (self.cache.branch(*found, row.end),)
+                row.reused = found[1]
+                self.stats.reused_tokens += row.reused
 
     def _drop_cancelled(self) -> None:
         if any(request.cancelled for _, request in self.waiting):
@@ -155,6 +176,8 @@ class Scheduler:
         try:
             decoder.turn(rows)
         except OutOfPages:
+            if self.kept is not None and self.kept.give_back():
+                return
             self._put_aside(max(self.running.values(), key=lambda request: request.number))
             return
         except BadLogits as error:
@@ -162,6 +185,9 @@ class Scheduler:
         except Exception as error:
             self._fail(rows, error)
         rows = [row for row in rows if row in self.running]
+        for row in rows:
+            if self.kept is not None and begun[row] == 0 and row.nfe == 1 and _takes_over(self.running[row]):
+                self.kept.keep(decoder.tokens[row.index, : row.first], row.sequences[0])
         self.stats.forwards += max((row.nfe - begun[row] for row in rows), default=1)
         self.stats.row_forwards += sum(row.nfe - begun[row] for row in rows)
         self.stats.shared_refreshes += decoder.shared - shared
@@ -264,6 +290,13 @@ class Scheduler:
         stats.first_block_seconds += completion.first_block_seconds
         stats.request_seconds += seconds
         stats.block_seconds += blocks[-1]
+
+
+def _takes_over(request: Request) -> bool:
+    """Keys of its prompt are those of the prompt's tokens, and it has not been refreshed with an answer."""
+    row, common = request.row, request.common
+    verifies = common.rule is not None and common.rule.verifies
+    return row.config.cache != "none" and not common.cfg_scale and not verifies and row.nfe <= 1
 
 
 def _settled(row: DecodingRow) -> int:

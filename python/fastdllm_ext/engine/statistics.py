@@ -17,6 +17,7 @@ class EngineStats:
         finished, cancelled, failed: requests that have ended so.
         put_aside: times that a request gave its pages up to be continued later.
         shared_refreshes: forwards of rows that were read off another's.
+        reused_tokens: of prompts, whose keys were taken over from earlier ones.
         prompt_tokens, tokens: of finished requests; the latter are answers, up to and including EOS.
         nfe: forwards of finished requests, each counted for itself.
         forwards: of the model, in which any number of rows took part.
@@ -37,6 +38,7 @@ class EngineStats:
     failed: int = 0
     put_aside: int = 0
     shared_refreshes: int = 0
+    reused_tokens: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
     nfe: int = 0
