@@ -476,6 +476,7 @@ def test_bad_requests(error: type[Exception], message: str, arguments: dict[str,
         (TypeError, "max_rows='2'", {"max_rows": "2"}),
         (ValueError, "max_queue=-1; takes 0 or more", {"max_queue": -1}),
         (ValueError, "max_forward_tokens=0", {"max_forward_tokens": 0}),
+        (ValueError, r"page_size=24; takes one of \(16, 32, 64\)", {"page_size": 24}),
     ],
 )
 def test_bad_engines(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:

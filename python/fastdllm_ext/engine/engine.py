@@ -26,7 +26,7 @@ from fastdllm_ext.arguments import (
     row_seeds,
     with_token_ids,
 )
-from fastdllm_ext.cache import PagedKVCache
+from fastdllm_ext.cache import PAGE_SIZE, PAGE_SIZES, PagedKVCache
 from fastdllm_ext.checks import check_count
 from fastdllm_ext.decoder import Common
 from fastdllm_ext.decoding import GenerationConfig
@@ -67,8 +67,9 @@ class Engine:
         tokenizer: decodes answers into ``Completion.text``, and encodes prompts that are strings.
         config: what requests get that say nothing; by default what the checkpoint asks for
             (:func:`fastdllm_ext.generate.defaults_of`).
-        num_pages: of keys and values, 32 positions each. By default enough for ``max_rows`` of the longest
-            requests, or what 60 % of the free memory holds.
+        num_pages: of keys and values. By default enough for ``max_rows`` of the longest requests, or what
+            60 % of the free memory holds.
+        page_size: positions a page holds: 16, 32 or 64.
         max_rows: requests that run at once; more wait.
         max_queue: requests that may wait; None is any number.
         max_forward_tokens: positions that a forward computes at most. Where more would have to be refreshed,
@@ -88,6 +89,7 @@ class Engine:
         *,
         config: GenerationConfig | None = None,
         num_pages: int | None = None,
+        page_size: int = PAGE_SIZE,
         max_rows: int = 64,
         max_queue: int | None = None,
         max_forward_tokens: int = 8192,
@@ -99,6 +101,8 @@ class Engine:
         for name, limit, least in (("num_pages", num_pages, 1), ("max_queue", max_queue, 0)):
             if limit is not None:
                 check_count(name, limit, least=least)
+        if page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size={page_size!r}; takes one of {PAGE_SIZES}")
         self.family = patched_family(model)
         check_model(model)
         self.config = defaults_of(model) if config is None else config
@@ -109,11 +113,13 @@ class Engine:
         dtype, devices = place_of_keys(parts, patched_options(model))
         shape = (self.geometry.num_layers, self.geometry.num_kv_heads, self.geometry.head_dim)
         if num_pages is None:
-            room = SHARE_FOR_PAGES * free_memory(self.device) // PagedKVCache.page_bytes(*shape, dtype)
-            num_pages = max(
-                1, min(int(room), max_rows * PagedKVCache.pages_for([self.geometry.max_positions]))
-            )
-        self.cache = PagedKVCache(*shape, num_pages=num_pages, dtype=dtype, device=devices)
+            page = PagedKVCache.page_bytes(*shape, dtype, page_size)
+            room = int(SHARE_FOR_PAGES * free_memory(self.device) // page)
+            longest = PagedKVCache.pages_for([self.geometry.max_positions], page_size)
+            num_pages = max(1, min(room, max_rows * longest))
+        self.cache = PagedKVCache(
+            *shape, num_pages=num_pages, page_size=page_size, dtype=dtype, device=devices
+        )
         self._scheduler = Scheduler(
             own,
             self.cache,
