@@ -11,6 +11,7 @@ import torch
 
 import fastdllm_ext as fd
 from fastdllm_ext.engine import Completion, EngineClosed, QueueFull, Request, RequestTooLong, Update
+from test_block import pretend
 from test_generate import random_rows, random_settings, random_tiny
 from tiny import EOS, MASK, VOCAB, random_prompt, tiny_dream, tiny_llada
 
@@ -95,9 +96,15 @@ def check_updates(request: Request, completion: Completion) -> None:
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
-@pytest.mark.parametrize("seed", range(24))
-def test_a_request_gets_what_it_gets_alone(seed: int, family: str) -> None:
-    """Random arrivals and cancellations, few pages, few positions a forward, and prompts that come again."""
+@pytest.mark.parametrize("captured", [False, True], ids=["steps", "blocks"])
+@pytest.mark.parametrize("seed", range(16))
+def test_a_request_gets_what_it_gets_alone(
+    seed: int, captured: bool, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random arrivals and cancellations, few pages, few positions a forward, and prompts that come again.
+
+    A turn takes one step; or, on a device that pretends, all steps of a block where it can.
+    """
     rng = random.Random(f"{family} {seed}")
     model = random_tiny(rng, seed, family)
     pool = [random_request(rng, family) for _ in range(12)]
@@ -111,34 +118,34 @@ def test_a_request_gets_what_it_gets_alone(seed: int, family: str) -> None:
         max_forward_tokens=rng.choice([1, 100, 300, 8192]),
         share_prompts=rng.random() < 0.8,
     )
-    requests: list[tuple[Request, torch.Tensor, dict[str, Any]]] = []
-    cancelled: set[Request] = set()
+    wanted = [alone(model, prompt, settings) for prompt, settings in pool]
+    if captured:
+        pretend(monkeypatch)
+    requests: list[Request] = []
     left = list(pool)
     while left or engine.turn():
         for _ in range(rng.choice([0, 0, 1, 2, 6])):
             if left:
-                prompt, settings = left.pop()
-                requests.append((engine.submit(prompt, every_commit=True, **settings), prompt, settings))
+                prompt, settings = left.pop(0)
+                requests.append(engine.submit(prompt, every_commit=True, **settings))
         if left:
             engine.turn()
-        open_ones = [request for request, _, _ in requests if not request.done]
+        open_ones = [request for request in requests if not request.done]
         if open_ones and rng.random() < 0.1:
-            cancelled.add(rng.choice(open_ones))
             rng.choice(open_ones).cancel()
     engine.run()
     assert engine.stats.free_pages == engine.stats.num_pages
     assert engine.stats.queued == engine.stats.running == 0
-    ended = {request for request, _, _ in requests if request.cancelled}
+    ended = [request for request in requests if request.cancelled]
     assert engine.stats.cancelled == len(ended)
     assert engine.stats.finished == len(requests) - len(ended)
-    for request, prompt, settings in requests:
-        if request in ended:
+    for request, output in zip(requests, wanted, strict=True):
+        if request.cancelled:
             with pytest.raises(CancelledError):
                 request.result(0)
         else:
-            completion = request.result(0)
-            assert_same(completion, alone(model, prompt, settings))
-            check_updates(request, completion)
+            assert_same(request.result(0), output)
+            check_updates(request, request.result(0))
 
 
 def test_identical_prompts_take_their_first_forward_once() -> None:
