@@ -79,12 +79,14 @@ def stepped() -> Iterator[Stepped]:
         ("stream", "yes", "takes true or false"),
         ("stream_options", {"usage": True}, "stream_options.usage=true"),
         ("stream_mode", "denoise", "takes stream=true"),
-        ("stream_mode", "fast", "'blocks' or 'denoise'"),
+        ("stream_mode", "fast", '"blocks" or "denoise"'),
         ("presence_penalty", 0.5, "takes 0"),
+        ("presence_penalty", False, "takes 0"),
         ("frequency_penalty", -1, "takes 0"),
         ("logit_bias", {"5": 1}, "takes {}"),
-        ("store", True, "takes False"),
-        ("service_tier", "flex", "'auto' or 'default'"),
+        ("store", True, "takes false"),
+        ("store", 0, "takes false"),
+        ("service_tier", "flex", '"auto" or "default"'),
         ("threshold", 2, "takes a number from"),
         ("threshold", -0.5, "threshold=-0.5; takes a number above 0"),
         ("factor", 0, "above 0"),
@@ -93,10 +95,10 @@ def stepped() -> Iterator[Stepped]:
         ("rule", "klass:kl=-1", "kl=-1; takes"),
         ("rule", {"name": "klass", "speed": 1}, "unknown parameter 'speed'"),
         ("rule", ["klass"], "takes a string"),
-        ("cache", "full", "'none' or 'prefix' or 'dual'"),
-        ("refresh", "always", "'block' or an int from 1"),
+        ("cache", "full", '"none" or "prefix" or "dual"'),
+        ("refresh", "always", '"block" or an int from 1'),
         ("block_length", -3, "takes an int from 1"),
-        ("remasking", "luck", "'low_confidence'"),
+        ("remasking", "luck", '"low_confidence" or'),
         ("remasking", "entropy", "takes a threshold"),
         ("cfg_scale", -1, "takes a number from 0"),
         ("best", 1, 'unknown field "best"; takes '),
@@ -139,7 +141,7 @@ def test_a_field_that_is_wrong_is_named(
             'messages[0].content[0].type="image_url"',
         ),
         (1, {"tools": [{"type": "function"}]}, "tools", "takes []"),
-        (1, {"tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
+        (1, {"tool_choice": "required"}, "tool_choice", '"none" or "auto"'),
         (1, {"response_format": {"type": "json_object"}}, "response_format", "response_format.type"),
         (1, {"reasoning_effort": "high"}, "reasoning_effort", "takes null"),
         (1, {"top_logprobs": 2, "logprobs": True}, "top_logprobs", "takes 0"),
@@ -155,6 +157,11 @@ def test_what_each_endpoint_refuses(
     error = refusal(ask(service, "POST", PATHS[path], json=body(PATHS[path]) | fields), 400)
     assert error["param"] == param
     assert words in error["message"]
+
+
+def test_a_number_without_a_fraction_is_whole(service: Service) -> None:
+    found = answer(service, PATHS[0], max_tokens=8.0, steps=4.0, seed=1.0)
+    assert (found["usage"]["completion_tokens"], found["fastdllm"]["nfe"]) == (8, 4)
 
 
 def test_openai_s_other_fields_are_taken_where_they_change_nothing(service: Service) -> None:

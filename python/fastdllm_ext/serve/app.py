@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from copy import deepcopy
 from importlib.resources import files
 from typing import Any
 
@@ -18,7 +19,7 @@ from starlette.exceptions import HTTPException
 import fastdllm_ext
 from fastdllm_ext.serve import protocol
 from fastdllm_ext.serve.errors import ApiError
-from fastdllm_ext.serve.gate import Access, Gate, Message, Send
+from fastdllm_ext.serve.gate import OPEN, Access, Gate, Message, Send
 from fastdllm_ext.serve.intake import take
 from fastdllm_ext.serve.job import Job
 from fastdllm_ext.serve.replies import CHAT, COMPLETIONS, Dialect, Reply, encode
@@ -67,7 +68,7 @@ def create_app(service: Service, access: Access | None = None, page: bytes | Non
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.bears_key = access.key is not None
+    app.model, app.bears_key = service.name, access.key is not None
     app.add_middleware(Gate, service=service, access=access)
     app.add_exception_handler(HTTPException, _no_route)
     for name, path, kind, response, dialect in ENDPOINTS:
@@ -120,9 +121,13 @@ def create_app(service: Service, access: Access | None = None, page: bytes | Non
 def _described(kind: type[protocol.Body], response: type[BaseModel]) -> dict[str, Any]:
     """What the description says of an endpoint that answers."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    event = {
+        "type": "object",
+        "properties": {"data": {"type": "string", "description": "a chunk as JSON; at the end [DONE]"}},
+    }
     whole_or_stream = {
         "model": response,
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": event}},
         "description": "The answer, whole or as a stream",
     }
     return {
@@ -260,10 +265,12 @@ class _Described(FastAPI):
     """FastAPI, with the request bodies that are checked by hand in its description, and the API key.
 
     Attributes:
+        model: the only one that requests may name.
         bears_key: requests bear a key.
     """
 
-    bears_key: bool = False
+    model: str
+    bears_key: bool
 
     def openapi(self) -> dict[str, Any]:
         """The description, made once."""
@@ -271,8 +278,9 @@ class _Described(FastAPI):
             return self.openapi_schema
         found = super().openapi()
         parts = found["components"]["schemas"]
-        for kind in (protocol.CompletionRequest, protocol.ChatRequest):
-            schema = dict(protocol.schema_of(kind))
+        for _, _, kind, _, _ in ENDPOINTS:
+            schema = deepcopy(protocol.schema_of(kind))
+            schema["properties"]["model"]["enum"] = [self.model]
             parts |= schema.pop("$defs", {})
             parts[kind.__name__] = schema
         for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which is not sent
@@ -280,7 +288,7 @@ class _Described(FastAPI):
         for path, operations in found["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
-                if self.bears_key and path not in ("/health",):
+                if self.bears_key and path not in OPEN:
                     operation["security"] = [{"bearer": []}]
         if self.bears_key:
             found["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}

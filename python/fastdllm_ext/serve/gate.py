@@ -13,7 +13,7 @@ from fastdllm_ext.serve.logs import LOGGER, Record
 from fastdllm_ext.serve.replies import encode
 from fastdllm_ext.serve.service import Service
 
-__all__ = ["Access", "Gate", "is_loopback", "send_json"]
+__all__ = ["OPEN", "Access", "Gate", "is_loopback", "send_json"]
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fastdllm_ext.serve.errors import ApiError
 
@@ -21,17 +21,25 @@ __all__ = ["Body", "ChatRequest", "CompletionRequest", "parse"]
 INT32 = 2**31 - 1
 
 
-def count(least: int = 1, most: int = INT32) -> Any:
-    """An int in [least, most]."""
-    return Field(ge=least, le=most)
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 3.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _off(value: bool) -> bool:
+    if value:
+        raise ValueError("takes false")
+    return value
+
+
+Whole = BeforeValidator(_whole)
+Count = Annotated[int, Field(ge=1, le=INT32), Whole]
 Nothing = Annotated[list[Any], Field(max_length=0)]  # an empty list
-Zero = Literal[0]
+Zero = Annotated[float, Field(ge=0, le=0)]
+Off = Annotated[bool, Field(json_schema_extra={"const": False}), AfterValidator(_off)]
 Text = Annotated[str, Field(max_length=200)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-TokenIds = Annotated[list[Annotated[int, count(0)]], Field(min_length=1)]
-NUMBER = int | float
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=INT32), Whole]], Field(min_length=1)]
 
 
 class Strict(BaseModel):
@@ -44,7 +52,7 @@ class StreamOptions(Strict):
     """Of a streamed answer."""
 
     include_usage: bool | None = Field(None, description="a last chunk with the tokens of all choices")
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off | None = None
 
 
 class Neutral(Strict):
@@ -54,7 +62,7 @@ class Neutral(Strict):
     frequency_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    store: Off | None = None
     service_tier: Literal["auto", "default"] | None = None
     user: str | None = None
 
@@ -68,7 +76,7 @@ class Decoding(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="models that define it; of others 1 alone"
     )
-    seed: Annotated[int, count(0, 2**63 - 1)] | None = Field(
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1), Whole] | None = Field(
         None, description="choice i samples from its stream i"
     )
     threshold: Annotated[float, Field(ge=-1000, le=1)] | None = Field(
@@ -77,19 +85,19 @@ class Decoding(Strict):
     factor: Annotated[float, Field(gt=0, le=1000)] | None = Field(
         None, description="commit the n most confident tokens while (n + 1)(1 - confidence) <= factor"
     )
-    steps: Annotated[int, count()] | None = Field(None, description="forwards in all")
-    rule: Text | Annotated[dict[str, NUMBER | Text], Field(min_length=1, max_length=16)] | None = Field(
+    steps: Count | None = Field(None, description="forwards in all")
+    rule: Text | Annotated[dict[str, int | float | Text], Field(min_length=1, max_length=16)] | None = Field(
         None, description="another selection rule: 'name:parameter=value:...', or with 'name' as a mapping"
     )
     cache: Literal["none", "prefix", "dual"] | None = Field(None, description="of keys and values")
-    refresh: Literal["block"] | Annotated[int, count()] | None = Field(
+    refresh: Literal["block"] | Count | None = Field(
         None, description="every how many blocks the whole row is computed"
     )
-    block_length: Annotated[int, count()] | None = Field(None, description="tokens that a block holds")
+    block_length: Count | None = Field(None, description="tokens that a block holds")
     remasking: Literal["low_confidence", "random", "margin", "entropy"] | None = Field(
         None, description="what positions are ranked by"
     )
-    top_k: Annotated[int, count()] | None = Field(None, description="models that define it")
+    top_k: Count | None = Field(None, description="models that define it")
     cfg_scale: Annotated[float, Field(ge=0, le=1000)] | None = Field(
         None, description="classifier-free guidance"
     )
@@ -107,8 +115,8 @@ class Body(Neutral, Decoding):
     templated: ClassVar[bool] = False
 
     model: str = Field(description="as GET /v1/models lists it")
-    n: Annotated[int, count(1, 1024)] | None = Field(None, description="answers to each prompt")
-    max_tokens: Annotated[int, count()] | None = Field(None, description="tokens of the answer")
+    n: Annotated[int, Field(ge=1, le=1024), Whole] | None = Field(None, description="answers to each prompt")
+    max_tokens: Count | None = Field(None, description="tokens of the answer")
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
         None, description="the answer ends before the first of these strings"
     )
@@ -175,10 +183,10 @@ class CompletionRequest(Body):
         | Annotated[list[TokenIds], Field(min_length=1)]
     )
     echo: bool | None = Field(None, description="the prompt before the answer")
-    logprobs: Annotated[int, count(0, 5)] | None = Field(
+    logprobs: Annotated[int, Field(ge=0, le=5), Whole] | None = Field(
         None, description="the confidence's logarithm of each token; no others beside it"
     )
-    best_of: Annotated[int, count()] | None = Field(None, description="1, or n")
+    best_of: Count | None = Field(None, description="1, or n")
     suffix: None = None
 
     def sources(self, chat: Callable[[list[dict[str, str]]], str]) -> list[str | list[int]]:
@@ -254,9 +262,7 @@ class ChatRequest(Body):
     templated = True
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, count()] | None = Field(
-        None, description="another name of max_tokens"
-    )
+    max_completion_tokens: Count | None = Field(None, description="another name of max_tokens")
     logprobs: bool | None = Field(None, description="the confidence's logarithm of each token")
     top_logprobs: Zero | None = None
     tools: Nothing | None = None
@@ -345,9 +351,11 @@ def takes(schema: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(takes(one, parts) for one in schema["anyOf"]))
     if "const" in schema or "enum" in schema:
-        return " or ".join(repr(value) for value in schema.get("enum", [schema.get("const")]))
+        return " or ".join(map(json.dumps, schema.get("enum", [schema.get("const")])))
     kind = schema.get("type")
     if kind in ("integer", "number"):
+        if "minimum" in schema and schema["minimum"] == schema.get("maximum"):
+            return str(schema["minimum"])
         return f"{'an int' if kind == 'integer' else 'a number'}{_range(schema)}"
     if kind == "array":
         if schema.get("maxItems") == 0:
