@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import weakref
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -13,6 +14,7 @@ import fastdllm_ext as fd
 from fastdllm_ext.engine import Completion, EngineClosed, QueueFull, Request, RequestTooLong, Update
 from test_block import pretend
 from test_generate import random_rows, random_settings, random_tiny
+from test_memory import without_collector
 from tiny import EOS, MASK, VOCAB, random_prompt, tiny_dream, tiny_llada
 
 
@@ -563,3 +565,18 @@ def test_kept_prompts_of_other_rows(family: Any) -> None:
     engine.run()
     assert_same(large.result(0), alone(model, other, settings))
     assert engine.stats.put_aside == 0
+
+
+def test_a_closed_engine_gives_its_memory_back_at_once() -> None:
+    """Without the collector's help: pages may be most of a machine's memory."""
+    model = tiny_llada(1)
+    with without_collector():
+        engine = fd.Engine(model, num_pages=4)
+        requests = [engine.submit([5], gen_length=4) for _ in range(3)]
+        requests.append(engine.submit([5], gen_length=100, every_commit=True, steps=100, cache="none"))
+        requests[0].result()
+        requests[1].cancel()
+        engine.close()
+        pages = weakref.ref(engine.cache.storage[0])
+        del engine, requests
+        assert pages() is None

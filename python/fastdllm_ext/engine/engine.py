@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -127,7 +128,7 @@ class Engine:
             max_forward_tokens=max_forward_tokens,
             share_prompts=share_prompts,
             reuse_prompts=reuse_prompts,
-            decode=self._decode,
+            decode=partial(_decode, tokenizer),
         )
         self._lock = threading.Condition()
         self._arrived: list[Request] = []
@@ -324,11 +325,6 @@ class Engine:
                 with self._lock:
                     self._lock.wait(1.0)  # the thread says when it has let some in
 
-    def _decode(self, tokens: Sequence[int]) -> str | None:
-        if self.tokenizer is None:
-            return None
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
-
     def _wake(self) -> None:
         with self._lock:
             self._lock.notify_all()
@@ -370,6 +366,12 @@ class Engine:
         scheduler = self._scheduler
         waiting = [request for _, request in scheduler.waiting]
         return [*self._arrived, *waiting, *list(scheduler.running.values())]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase | None, tokens: Sequence[int]) -> str | None:
+    if tokenizer is None:
+        return None
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 def as_tensor(input_ids: Tensor | Sequence[int]) -> Tensor:
