@@ -287,6 +287,22 @@ def test_a_forward_that_fails_ends_its_requests_and_no_others(monkeypatch: pytes
     assert (engine.stats.failed, engine.stats.finished, engine.stats.free_pages) == (2, 1, 20)
 
 
+def test_a_tokenizer_that_fails_ends_its_request() -> None:
+    class Tokenizer:
+        def decode(self, tokens: list[int], **_: Any) -> str:
+            if len(tokens) == 3:
+                raise KeyError("three")
+            return "text"
+
+    engine = Stepped(tiny_llada(1), Tokenizer(), num_pages=4)  # type: ignore[arg-type]
+    requests = [engine.submit([5], gen_length=n, stop_on_eos=False) for n in (3, 4)]
+    engine.run()
+    with pytest.raises(KeyError, match="three"):
+        requests[0].result(0)
+    assert requests[1].result(0).text == "text"
+    assert (engine.stats.failed, engine.stats.finished, engine.stats.free_pages) == (1, 1, 4)
+
+
 @pytest.mark.parametrize("family", [tiny_llada, tiny_dream])
 def test_threads_submit_wait_and_cancel(family: Any) -> None:
     """From 8 threads at once, with the engine's own thread; every answer is the request's own."""

@@ -251,7 +251,10 @@ class Scheduler:
                 )
             )
             if row.done:
-                self._finish(request, tokens, confidence, steps, seconds)
+                try:
+                    self._finish(request, tokens, confidence, steps, seconds)
+                except Exception as error:  # of the tokenizer
+                    self._fail([row], error)
 
     def _finish(
         self,
