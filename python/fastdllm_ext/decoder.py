@@ -451,10 +451,8 @@ class Decoder:
         steps = {row.index: row.next_step(self.family.shift) for row in active}
         if self._plan is not None and steps == self._plan.steps:
             return self._plan
-        self._plan = None  # whatever becomes of this: pages may be others by then
         plan = self._build_plan(active, steps)
-        if len(plan.computed) == len(active):  # what serves several rows does so once
-            self._plan = plan
+        self._plan = plan if len(plan.computed) == len(active) else None  # what serves several does so once
         self.shared += len(active) - len(plan.computed)
         return plan
 

@@ -31,7 +31,7 @@ class Update:
         seconds: since the request was submitted.
         commits: with ``every_commit``, what each step committed.
         restarted_at: the request was put aside for want of pages: commits of this step and later ones are
-            void, and come again. Tokens that were final stay so.
+            void, and come again. What was final comes to the same, and is not told twice.
     """
 
     tokens: tuple[int, ...] = ()

@@ -235,7 +235,8 @@ class Scheduler:
         ):
             row, progress, seconds = request.row, request.progress, request.seconds
             tokens: list[int] = answer.tolist()
-            end = len(tokens) if row.done else min(len(tokens), _settled(row))
+            # One that was put aside may be behind what was final once, and comes to the same again.
+            end = len(tokens) if row.done else max(min(len(tokens), _settled(row)), progress.settled)
             new = slice(progress.settled, end)
             if _has_settled(request):
                 progress.blocks += [seconds] * ((row.block + int(row.done)) - len(progress.blocks))
