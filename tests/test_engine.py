@@ -175,6 +175,22 @@ def test_identical_prompts_take_their_first_forward_once(cache: str) -> None:
     assert_same(others[2].result(0), alone(model, prompt, settings | {"suffix": 4}))
 
 
+def test_rows_that_are_served_take_neither_pages_nor_positions() -> None:
+    """And one that only has the same prompt needs both."""
+    model, prompt = tiny_llada(3), torch.arange(5, 25)
+    settings: dict[str, Any] = {"gen_length": 40, "block_length": 8, "steps": 40, "stop_on_eos": False}
+    engine = Stepped(model, num_pages=3, max_forward_tokens=100)  # each has 2 pages and 60 positions
+    requests = [engine.submit(prompt, **settings) for _ in range(3)]
+    other = engine.submit(prompt, **settings | {"suffix": 4})
+    engine.turn()
+    assert [request.row.nfe for request in requests] == [1, 1, 1]
+    assert (engine.stats.running, engine.stats.queued) == (3, 1)
+    engine.run()
+    for request in requests:
+        assert_same(request.result(0), alone(model, prompt, settings))
+    assert_same(other.result(0), alone(model, prompt, settings | {"suffix": 4}))
+
+
 def test_one_that_would_have_been_served_goes_on_when_the_other_leaves() -> None:
     model, prompt = tiny_llada(3), torch.arange(5, 25)
     engine = Stepped(model, num_pages=20)

@@ -161,9 +161,8 @@ class Scheduler:
     def _chosen(self, decoder: Decoder) -> Iterable[DecodingRow]:
         """The oldest row, and after it those whose queries fit in."""
         left = self.max_forward_tokens
-        rows = sorted(decoder.rows, key=lambda row: self.running[row].number)
         chosen: dict[DecodingRow, Step] = {}
-        for row in rows:
+        for row in decoder.rows:  # in order of submission, as they were admitted
             step = row.next_step(self.shift)
             tokens = 0 if row.like in chosen and row.nfe == 0 else step.queries[1] - step.queries[0]
             if not chosen or tokens <= left:
