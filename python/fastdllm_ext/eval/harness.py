@@ -22,13 +22,13 @@ from transformers import AutoTokenizer
 
 import fastdllm_ext as fd
 from fastdllm_ext.checks import check_count
+from fastdllm_ext.commands.opening import load_remote
 from fastdllm_ext.eval import NEEDS
 from fastdllm_ext.eval.harness_arguments import (
     as_dtype,
     as_rows,
     checked,
     join_processes,
-    load_remote,
     parsed,
 )
 from fastdllm_ext.eval.throughput import Answer, Throughput, summary

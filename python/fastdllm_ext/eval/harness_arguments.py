@@ -8,14 +8,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import fastdllm_ext as fd
 from fastdllm_ext.checks import check_count
-from fastdllm_ext.compat import dtype_argument
 
-__all__ = ["as_dtype", "as_rows", "checked", "join_processes", "load_remote", "parsed"]
+__all__ = ["as_dtype", "as_rows", "checked", "join_processes", "parsed"]
 
 
 def checked(config: fd.GenerationConfig) -> fd.GenerationConfig:
@@ -64,33 +61,6 @@ def as_dtype(value: torch.dtype | str) -> torch.dtype | str:
     if not isinstance(found, torch.dtype):
         raise ValueError(f"dtype={value!r}; takes 'auto', 'float32', 'bfloat16' or 'float16'")
     return found
-
-
-def load_remote(
-    where: Any, *, dtype: torch.dtype | str, device: str = "auto", device_map: Any = None
-) -> tuple[Any, Any]:
-    """A checkpoint through the modeling code that it brings along, patched; and its tokenizer.
-
-    Not through AutoModel, which prefers our own classes from the moment on that they are imported.
-
-    Raises:
-        ValueError: it brings none.
-    """
-    settings, _ = PretrainedConfig.get_config_dict(where)
-    code: dict[str, str] = settings.get("auto_map") or {}
-    name = next((code[name] for name in ("AutoModel", "AutoModelForCausalLM") if name in code), None)
-    if name is None or "AutoConfig" not in code:
-        raise ValueError(f"trust_remote_code=True: {where} brings no modeling code; takes False")
-    config_class: Any = get_class_from_dynamic_module(code["AutoConfig"], where)
-    model_class: Any = get_class_from_dynamic_module(name, where)
-    config = config_class.from_pretrained(where)
-    placing = {} if device_map is None else {"device_map": device_map}
-    model = model_class.from_pretrained(where, config=config, **dtype_argument(dtype), **placing)
-    if device_map is None:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = model.to(device)
-    return fd.patch(model.eval()), AutoTokenizer.from_pretrained(where, trust_remote_code=True)
 
 
 def join_processes(device: Any) -> Any:

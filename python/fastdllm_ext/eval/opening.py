@@ -12,26 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from fastdllm_ext.checks import check_count
+from fastdllm_ext.commands.opening import DEMO, add_model_arguments, open_model
 from fastdllm_ext.env import collect_env
 from fastdllm_ext.eval.tasks import Task, open_task
 from fastdllm_ext.forward import device_of
-from fastdllm_ext.load import demo_model_path, load
-from fastdllm_ext.methods import patch
 from fastdllm_ext.patching.registry import CHOICES, patched_family
 
 Setting = dict[str, Any]  # fields of a GenerationConfig that differ from its defaults
 
-DTYPES: dict[str, torch.dtype | str] = {
-    "auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-}  # fmt: skip
-
 
 def add_run_arguments(parser: argparse.ArgumentParser, limit: int) -> None:
     """The options that both commands have. ``limit``: problems by default."""
-    parser.add_argument(
-        "model", nargs="?", default="demo", metavar="MODEL",
-        help="a folder or a name on the Hub; 'demo' is the bundled model (demo)",
-    )  # fmt: skip
     task = parser.add_argument_group("task")
     task.add_argument(
         "--task", help="'demo', a file PROMPTS.jsonl, or a task of lm-eval (demo, for that model)"
@@ -49,18 +40,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, limit: int) -> None:
     decoding.add_argument("--gen-length", type=int, help="tokens to generate (128 for demo, else 256)")
     decoding.add_argument("--block-length", type=int, default=32, help="tokens of a block (32)")
     decoding.add_argument("--batch-size", type=int, default=1, help="problems decoded together (1)")
-    running = parser.add_argument_group("model")
-    running.add_argument(
-        "--dtype", choices=list(DTYPES), default="auto", help="of the weights (the checkpoint's)"
-    )
-    running.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1 (the first GPU where there is one)"
-    )
-    for name, choices in CHOICES.items():
-        running.add_argument(
-            f"--{name.replace('_', '-')}", choices=choices, default=choices[0],
-            help=f"as fastdllm_ext.patch takes it ({choices[0]})",
-        )  # fmt: skip
+    add_model_arguments(parser)
 
 
 @dataclass(frozen=True)
@@ -118,26 +98,16 @@ def open_run(arguments: argparse.Namespace, shots: int | None = None, problems: 
     """Loads the model and opens the task, with ``problems`` in place of the arguments' ``limit``.
 
     Raises:
-        ValueError, TypeError, OSError, ImportError: as :func:`fastdllm_ext.load` and :func:`open_task`; a
-            model without a tokenizer, or without a chat template where one is asked for.
+        ValueError, TypeError, OSError, ImportError: as :func:`open_model` and :func:`open_task`; a tokenizer
+            without a chat template where one is asked for.
     """
-    demo = arguments.model == "demo"
+    demo = arguments.model == DEMO
     if arguments.task is None and not demo:
         raise ValueError("--task is missing; takes 'demo', a file PROMPTS.jsonl, or a task of lm-eval")
     gen_length = arguments.gen_length or (128 if demo else 256)
     for name in ("gen_length", "block_length", "batch_size", "limit"):
         check_count(name, gen_length if name == "gen_length" else getattr(arguments, name))
-    path = demo_model_path() if demo else Path(arguments.model)
-    where = path if path.exists() else arguments.model
-    try:
-        loaded: tuple[Any, Any] = load(where, dtype=DTYPES[arguments.dtype], device=arguments.device)
-    except OSError as error:
-        raise OSError(f"{arguments.model}: {error}") from error
-    model, tokenizer = loaded
-    if tokenizer is None:
-        raise ValueError(f"{arguments.model}: has no tokenizer; takes a model with one")
-    options = {name: getattr(arguments, name) for name in CHOICES}
-    patch(model, **options)
+    model, tokenizer = open_model(arguments)
 
     def chat(prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
@@ -167,7 +137,7 @@ def open_run(arguments: argparse.Namespace, shots: int | None = None, problems: 
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": weight.device.type,
-        "options": options,
+        "options": {name: getattr(arguments, name) for name in CHOICES},
         "task": opened.name,
         "metric": opened.metric,
         "problems": len(opened.problems),
