@@ -85,7 +85,7 @@ def ask(
         async with client(service, access) as http:
             return await http.request(method, path, **arguments)
 
-    return asyncio.run(run())
+    return asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def body(path: str, prompt: str = PROMPTS[0], **fields: Any) -> Json:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import fastdllm_ext as fd
+from fastdllm_ext.engine import Update
+from fastdllm_ext.serve.answers import Answer, Piece
+from fastdllm_ext.serve.replies import COMPLETIONS, Reply
 from fastdllm_ext.serve.service import Service
 from serving import (
     PATHS,
@@ -176,24 +179,40 @@ def test_a_stop_string_ends_the_answer_across_blocks_too(service: Service, path:
     assert texts(answer(service, path, stop="no such")) == [text]
 
 
-def test_a_stop_string_ends_the_work(stepped: Stepped) -> None:
+def test_what_might_have_become_a_stop_string_is_given_out_at_the_end(service: Service) -> None:
     _, (text,), _ = alone((PROMPTS[0],))
+    stop = text[-2:] + "!"
+    assert texts(answer(service, PATHS[0], stop=stop)) == [text]
+    assert streamed(events(post(service, PATHS[0], stop=stop, stream=True))) == {0: text}
 
-    async def run() -> None:
+
+def test_a_stop_string_ends_the_work_on_its_answer_alone(stepped: Stepped) -> None:
+    prompts = (PROMPTS[0], VAGUE)
+    _, wanted, _ = alone(prompts, steps=64)
+    stop = wanted[0][:3]
+    assert stop not in wanted[1], "the test needs a string of the first answer alone"
+
+    async def run() -> Json:
         async with client(served(stepped)) as http:
-            asked = asyncio.create_task(http.post(PATHS[0], json=body(PATHS[0], stop=text[2])))
-            await until(lambda: stepped.stats.queued == 1)
+            asked = asyncio.create_task(
+                http.post(PATHS[0], json=body(PATHS[0], prompt=list(prompts), steps=64, stop=stop))
+            )
+            await until(lambda: stepped.stats.queued == 2)
+            while stepped.stats.cancelled == 0:
+                assert not asked.done()
+                stepped.turn()
+                for _ in range(20):  # the update's way to the answer, and the cancellation's way back
+                    await asyncio.sleep(0)
+            assert (stepped.stats.running, stepped.stats.finished) == (1, 0)
             while not asked.done():
                 stepped.turn()
-                await until(lambda: asked.done() or stepped.stats.running == 1)
-                for _ in range(20):  # the update's way to the response
-                    await asyncio.sleep(0)
-            assert (await asked).json()["choices"][0]["text"] == text[:2]
-            stepped.turn()
+                await asyncio.sleep(0)
+            found: Json = (await asked).json()
+            return found
 
-    asyncio.run(run())
-    assert stepped.stats.cancelled == 1
-    assert stepped.stats.blocks == 0
+    found = asyncio.run(run())
+    assert texts(found) == ["", wanted[1]]
+    assert found["fastdllm"]["queue_seconds"] is None
     assert stepped.stats.free_pages == stepped.stats.num_pages
 
 
@@ -312,34 +331,48 @@ def test_a_stream_of_commits(service: Service) -> None:
     assert stopped[-1]["choices"][0]["text"] == text[: text.index("=")]
 
 
-def test_void_commits_are_said_to_be() -> None:
-    from fastdllm_ext.decoding import Commit
-    from fastdllm_ext.engine import Update
-    from fastdllm_ext.serve.answers import Answer, Piece
-    from fastdllm_ext.serve.replies import COMPLETIONS, Reply
+def chunks_of(pieces: list[Piece], settings: Json | None) -> list[Json]:
+    """What a stream makes of an answer's pieces, its first chunk apart."""
 
+    async def run() -> list[Json]:
+        async def iterated() -> AsyncIterator[Piece]:
+            for piece in pieces:
+                yield piece
+
+        reply = Reply(COMPLETIONS, "x", "demo", [pieces[0].answer], 1, settings=settings)
+        return [chunk async for chunk in reply.chunks(iterated())][1:]
+
+    return asyncio.run(run())
+
+
+def an_answer() -> Answer:
     class Speech:
         def name(self, token: int) -> str:
             return f"<{token}>"
 
-    one = Answer(0, None, Speech())  # type: ignore[arg-type]
+    unused: Any = None
+    return Answer(0, unused, Speech())  # type: ignore[arg-type]
 
-    async def pieces() -> Any:
-        commit = Commit(0, 3, [5], [7], [0.123456789])
-        yield Piece(one, "", [], Update(nfe=4, seconds=0.5, commits=(commit,)))
-        yield Piece(one, "", [], Update(nfe=2, seconds=0.6, restarted_at=2))
 
-    async def run() -> list[Json]:
-        reply = Reply(COMPLETIONS, "x", "demo", [one], 1, settings={})
-        return [chunk async for chunk in reply.chunks(pieces())]
-
-    _, commits, void = asyncio.run(run())
+def test_void_commits_are_said_to_be() -> None:
+    one = an_answer()
+    commit = fd.Commit(0, 3, [5], [7], [0.123456789])
+    updates = Update(nfe=4, seconds=0.5, commits=(commit,)), Update(nfe=2, seconds=0.6, restarted_at=2)
+    commits, void = chunks_of([Piece(one, "", [], update) for update in updates], settings={})
     assert commits["choices"][0]["commits"] == [
         {"position": 5, "token_id": 7, "token": "<7>", "confidence": 0.123457, "step": 3}
     ]
     assert "restarted_at" not in commits["choices"][0]
     assert (void["choices"][0]["commits"], void["choices"][0]["restarted_at"]) == ([], 2)
     assert void["fastdllm"] == {"nfe": 2, "seconds": 0.6}
+
+
+def test_an_answer_that_is_further_than_its_piece_has_not_ended_yet() -> None:
+    one = an_answer()
+    one.finish_reason, one.tokens, one.nfe, one.seconds = "stop", 3, 2, 0.5
+    before, last = chunks_of([Piece(one, "a", [], Update(nfe=1)), Piece(one, "", [], None)], settings=None)
+    assert (before["choices"][0]["finish_reason"], "fastdllm" in before) == (None, False)
+    assert (last["choices"][0]["finish_reason"], last["fastdllm"]["tokens"]) == ("stop", 3)
 
 
 def test_messages_go_through_the_chat_template(service: Service) -> None:

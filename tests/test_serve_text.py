@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 
-from fastdllm_ext.serve.text import UNFINISHED, Detokenizer, StopStrings
+from fastdllm_ext.serve.text import UNFINISHED, Detokenizer, Speech, StopStrings
 
 TEXT = "a ä € 𝄞 👩‍👩‍👧 e\u0301 ß"
 
@@ -64,6 +64,20 @@ def test_a_call_decodes_no_more_than_the_last_ones() -> None:
 
     pushed(decode, [[97] * 32] * 50)
     assert max(lengths) == 64
+
+
+class Letters:
+    """A tokenizer that knows of no special tokens."""
+
+    def decode(self, tokens: list[int], **arguments: object) -> str:
+        return "".join(map(chr, tokens))
+
+
+def test_the_end_of_text_is_no_text() -> None:
+    speech = Speech(Letters(), [33])
+    assert speech([72, 105, 33]) == "Hi"
+    assert speech.whole([72, 105, 33]) == "Hi!"
+    assert speech.name(33) == "!"
 
 
 def passed(strings: list[str], pieces: list[str]) -> tuple[str, bool]:

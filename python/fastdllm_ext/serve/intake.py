@@ -42,8 +42,7 @@ def _submit(service: Service, body: Body, record: Record) -> Job:
     given = _decoding(engine, body)
     sources = body.sources(lambda messages: _render(service, messages))
     job = Job(service, body, record)
-    if service.log_texts:
-        record.prompts = sources
+    record.prompts = sources
     try:
         for source in sources:
             ids = service.speech.encode(source, not body.templated) if isinstance(source, str) else source

@@ -115,6 +115,5 @@ class Job:
         record.prompt_tokens = self.prompt_tokens
         record.tokens = sum(answer.tokens for answer in self.answers)
         record.nfe = sum(answer.nfe for answer in self.answers)
-        if self.service.log_texts:
-            record.answers = [answer.text for answer in self.answers]
+        record.answers = [answer.text for answer in self.answers]
         self.service.metrics.answers(self.prompt_tokens, self.answers)
