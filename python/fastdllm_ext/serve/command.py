@@ -1,4 +1,4 @@
-"""`fastdllm-ext serve`: arguments and loading."""
+"""`fastdllm-ext serve`: its arguments."""
 
 from __future__ import annotations
 
@@ -7,55 +7,35 @@ import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 from fastdllm_ext.checks import check_count, check_number
-from fastdllm_ext.compat import dtype_argument
-from fastdllm_ext.decoding import GenerationConfig
-from fastdllm_ext.engine import Engine
-from fastdllm_ext.load import demo_model_path, load
-from fastdllm_ext.methods import patch
-from fastdllm_ext.patching.registry import CHOICES
+from fastdllm_ext.commands.opening import add_model_arguments, add_settings_arguments, open_engine, option
 from fastdllm_ext.serve import NEEDS
 
 __all__ = ["add_arguments", "run"]
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 LEVELS = ("debug", "info", "warning", "error")
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+ENGINE_LIMITS = ("num_pages", "max_rows", "max_queue")
 
 
 # fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    add = parser.add_argument
-    add("model", nargs="?", default="demo", metavar="MODEL",
-        help="a folder or a name on the Hub; 'demo' is the bundled model (demo)")
-    add("--served-model-name", metavar="NAME",
-        help="that requests give as 'model' (MODEL; of a folder its name)")
+    add_model_arguments(parser)
+    add_settings_arguments(parser)
     add = parser.add_argument_group("network").add_argument
     add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     add("--port", type=int, default=8000, help="0 takes one that is free (8000)")
+    add("--served-model-name", metavar="NAME",
+        help="that requests give as 'model' (MODEL; of a folder its name)")
     add("--api-key", metavar="KEY",
         help="that requests bear; better as FASTDLLM_API_KEY, which no list of processes shows")
     add("--allowed-host", action="append", default=[], metavar="NAME",
         help="of this machine in Host; may be repeated. A server without a key at a loopback address "
         "takes the loopback's names alone")
-    add = parser.add_argument_group("model").add_argument
-    add("--dtype", choices=DTYPES, default="auto", help="of the weights (the checkpoint's)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 (the first GPU where there is one)")
-    add("--generation-config", metavar="PATH",
-        help="folder or name whose generation_config.json has the default settings")
-    add("--trust-remote-code", action="store_true",
-        help="load the checkpoint's own Python code, which may do anything, in place of our classes")
-    for name, choices in CHOICES.items():
-        add(_option(name), choices=choices, help=f"as fastdllm_ext.patch takes it ({choices[0]})")
-    add("--num-pages", type=int, help="of 32 positions, for keys and values (as the engine chooses)")
     add = parser.add_argument_group("limits").add_argument
+    add("--num-pages", type=int, help="of 32 positions, for keys and values (as the engine chooses)")
     add("--max-rows", type=int, default=64, help="answers that are decoded at once (64)")
     add("--max-queue", type=int, default=256, help="answers that may wait; more is status 429 (256)")
     add("--max-n", type=int, default=128, help="answers of a request, prompts times n (128)")
@@ -88,54 +68,25 @@ def run(arguments: argparse.Namespace) -> int:
     from fastdllm_ext.serve.service import Limits, Service
 
     key = _checked(arguments)
-    disable_progress_bar()  # loading weights draws one into the log
     configure(arguments.log_level, arguments.log_json)
     limits = Limits(arguments.max_body_bytes, arguments.max_n, arguments.request_timeout)
     service = Service(_name(arguments), limits, log_texts=arguments.log_prompts)
     guarded = key is None and is_loopback(arguments.host)
     hosts = [arguments.host, *arguments.allowed_host] if guarded or arguments.allowed_host else None
     server = Server(create_app(service, Access(key, hosts)), service, arguments.shutdown_timeout)
-    return server.serve_on(listen(arguments.host, arguments.port), lambda: open_engine(arguments))
-
-
-def open_engine(arguments: argparse.Namespace) -> Engine:
-    """Loads the model, and starts its engine. Raises what :func:`load`, ``patch`` and the engine raise."""
-    config = None
-    if arguments.generation_config is not None:
-        config = GenerationConfig.from_pretrained(arguments.generation_config)
-    where = demo_model_path() if arguments.model == "demo" else arguments.model
-    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    opened = _remote if arguments.trust_remote_code else load
-    model, tokenizer = opened(where, dtype=dtype, device=arguments.device)
-    patch(model, **{name: getattr(arguments, name) for name in CHOICES})
-    return Engine(
-        model,
-        tokenizer,
-        config=config,
-        num_pages=arguments.num_pages,
-        max_rows=arguments.max_rows,
-        max_queue=arguments.max_queue,
+    engine_limits = {name: getattr(arguments, name) for name in ENGINE_LIMITS}
+    return server.serve_on(
+        listen(arguments.host, arguments.port), lambda: open_engine(arguments, **engine_limits)
     )
-
-
-def _remote(where: Any, *, dtype: Any, device: str) -> tuple[Any, Any]:
-    """A checkpoint with its own classes, whatever they do."""
-    model: Any = AutoModel.from_pretrained(where, trust_remote_code=True, **dtype_argument(dtype))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=True)
-    return patch(model.to(device).eval()), tokenizer
 
 
 def _checked(arguments: argparse.Namespace) -> str | None:
     """The API key. TypeError or ValueError for an argument out of range."""
-    for name in ("max_rows", "max_n", "max_body_bytes"):
-        check_count(_option(name), getattr(arguments, name))
-    check_count("--max-queue", arguments.max_queue, least=0)
-    if arguments.num_pages is not None:
-        check_count("--num-pages", arguments.num_pages)
+    for name in (*ENGINE_LIMITS, "max_n", "max_body_bytes"):
+        if getattr(arguments, name) is not None:
+            check_count(option(name), getattr(arguments, name))
     for name in ("request_timeout", "shutdown_timeout"):
-        check_number(_option(name), getattr(arguments, name), "above 0", 0, math.inf)
+        check_number(option(name), getattr(arguments, name), "above 0", 0, math.inf)
     if not 0 <= arguments.port < 2**16:
         raise ValueError(f"--port={arguments.port}; takes 0 to 65535")
     key: str | None = arguments.api_key
@@ -146,10 +97,6 @@ def _checked(arguments: argparse.Namespace) -> str | None:
             "--api-key, FASTDLLM_API_KEY: takes printable ASCII without blanks, 1 character or more"
         )
     return key
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _name(arguments: argparse.Namespace) -> str:
