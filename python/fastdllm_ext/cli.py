@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # Command: its module, with `add_arguments` and `run`, and what it does.
 _LATER = {
+    "generate": ("fastdllm_ext.commands.generate", "answers to prompts: one, or files of them"),
+    "chat": ("fastdllm_ext.commands.chat", "a conversation in the terminal: answers as they emerge"),
     "serve": ("fastdllm_ext.serve.command", "OpenAI's API over HTTP, and a page that shows answers emerge"),
     "report": ("fastdllm_ext.eval.report", "accuracy against speed of a model, as a page, pictures and JSON"),
     "calibrate": ("fastdllm_ext.eval.calibrate", "the fastest settings that lose no more than you allow"),
