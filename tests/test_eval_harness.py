@@ -371,8 +371,9 @@ def test_chat_template(
     assert lm.tokenizer_name == str(tokenizer.name_or_path).replace("/", "__")
     begun = [{"role": "user", "content": "Add"}, {"role": "assistant", "content": "Sum: 4"}]
     assert lm.apply_chat_template(begun, add_generation_prompt=False) == "Add and Sum: 4"
+    tokenizer.chat_template = None
     with pytest.raises(ValueError, match="apply_chat_template: the tokenizer has no chat template"):
-        backend().chat_template(True)
+        lm.chat_template(True)
 
 
 def test_bos(backend: Callable[..., Any], demo: tuple[Any, Any]) -> None:

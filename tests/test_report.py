@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+import fastdllm_ext as fd
 from fastdllm_ext.cli import main
 from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.eval import analysis_figures, drift, sweep
@@ -110,12 +112,13 @@ def test_one_part_alone(tmp_path: Path, words: Path) -> None:
 
 
 def test_bad_calls_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = ["--out", str(tmp_path)]
+    out, plain = ["--out", str(tmp_path)], tmp_path / "plain"
+    shutil.copytree(fd.demo_model_path(), plain, ignore=shutil.ignore_patterns("*.jinja"))
     for argv, complaint in (
         (["demo", "--task", "none.jsonl"], "none.jsonl"),
         (["no-such-model"], "--task is missing"),
         (["no-such-model", "--task", "demo"], "no-such-model"),
-        (["demo", "--chat"], "has no chat template"),
+        ([str(plain), "--task", "demo", "--chat"], "has no chat template"),
         (["demo", "--gen-length", "-1"], "gen_length=-1; takes 1 or more"),
         (["demo", "--batch-size", "0"], "batch_size=0; takes 1 or more"),
         (["demo", "--limit", "9", "--more", "9"], "more=9; takes more than limit=9"),
