@@ -436,6 +436,14 @@ def test_top_p_and_top_k_where_a_family_has_them(service: Service) -> None:
     assert texts(found) == [reference()[1].decode(wanted, skip_special_tokens=True)]
 
 
+def test_special_tokens_are_the_tokenizer_s_or_the_template_s(service: Service) -> None:
+    encode, special = service.speech.encode, []
+    service.speech.encode = lambda text, wanted: special.append(wanted) or encode(text, wanted)  # type: ignore
+    for path in PATHS:
+        assert post(service, path).status_code == 200
+    assert special == [True, False]
+
+
 def test_long_requests_are_read_beside_the_event_loop(service: Service) -> None:
     encode, threads = service.speech.encode, []
 
