@@ -173,7 +173,7 @@ class Reply:
     def _choice(
         self, answer: Answer, members: Json, scored: Sequence[Scored] = (), last: bool = False
     ) -> Json:
-        scores = self.dialect.scores(scored) if answer.scores and (last or scored) else None
+        scores = self.dialect.scores(scored) if scored else None
         reason = answer.finish_reason if last else None  # the answer may be further than its piece
         return {"index": answer.index, **members, "logprobs": scores, "finish_reason": reason}
 
