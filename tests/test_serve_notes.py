@@ -19,7 +19,7 @@ from fastdllm_ext.serve.app import create_app
 from fastdllm_ext.serve.gate import Access
 from fastdllm_ext.serve.logs import configure
 from fastdllm_ext.serve.service import Service
-from serving import PATHS, answer, ask, demo, post, refusal, served, texts
+from serving import PATHS, answer, ask, demo, post, refusal, served, texts, until
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,7 @@ def test_metrics_count() -> None:
         second = answer(service, PATHS[1], stop="=", steps=44)
         post(service, PATHS[1], temperature=-1)
         ask(service, "GET", "/nothing")
+        asyncio.run(until(lambda: engine.stats.cancelled == 1))  # at a turn behind the stop string
         found = numbers(service)
         stats = engine.stats
     both = (first, second)
