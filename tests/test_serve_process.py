@@ -445,6 +445,32 @@ def test_the_name_of_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
+def test_which_hosts_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Access] = []
+
+    def serve_on(server: Server, listener: socket.socket, open_engine: Callable[[], fd.Engine]) -> int:
+        listener.close()
+        return 0
+
+    def noting(service: Service, access: Access) -> Any:
+        seen.append(access)
+        return create_app(service, access)
+
+    monkeypatch.setattr(Server, "serve_on", serve_on)
+    monkeypatch.setattr("fastdllm_ext.serve.app.create_app", noting)
+    for argv, hosts in (
+        ([], {"127.0.0.1"}),
+        (["--allowed-host", "box", "--allowed-host", "Box.lan"], {"127.0.0.1", "box", "box.lan"}),
+        (["--api-key", "key"], None),
+        (["--host", "0.0.0.0"], None),
+        (["--host", "0.0.0.0", "--allowed-host", "box"], {"0.0.0.0", "box"}),
+    ):
+        assert main(["serve", "--port", "0", *argv]) == 0
+        assert seen[-1].hosts == hosts
+        assert seen[-1].key == (b"key" if "--api-key" in argv else None)
+
+
+@pytest.mark.usefixtures("quiet")
 def test_options_reach_the_model_and_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fd.GenerationConfig(steps=24, gen_length=48).save_pretrained(tmp_path)
     options = ["--dtype", "bfloat16", "--device", "cpu", "--runtime", "modules", "--kv-cache-dtype", "fp8"]
