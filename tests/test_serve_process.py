@@ -296,6 +296,28 @@ def test_a_signal_while_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> 
         may_load.set()
 
 
+def test_the_first_signal_waits_for_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(lambda: fd.Engine(*demo(), max_rows=1)) as server:
+        ticks, on_tick = [], server.server.on_tick
+
+        async def counted(counter: int) -> bool:
+            ticks.append(counter)
+            return await on_tick(counter)
+
+        monkeypatch.setattr(server.server, "on_tick", counted)
+        until(lambda: server.service.status == "ok")
+        connection = raw(server, json.dumps(body(PATHS[0], **ENDLESS)).encode())
+        until(lambda: server.stats.running == 1)
+        server.server.handle_exit(signal.SIGTERM, None)
+        until(lambda: server.service.status == "draining")
+        before = len(ticks)
+        until(lambda: len(ticks) >= before + 4, seconds=5)
+        assert server.stats.running == 1
+        connection.close()  # which ends its request, and so the server
+        server.thread.join(60)
+        assert server.status == 0
+
+
 def lines(process: subprocess.Popen[str]) -> Iterator[Json]:
     assert process.stderr is not None
     for line in process.stderr:
