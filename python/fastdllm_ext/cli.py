@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import fastdllm_ext
+from fastdllm_ext.threads import let_threads_sleep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status."""
+    if argv is None and sys.argv[1:2] == ["serve"]:
+        let_threads_sleep()
     parser = argparse.ArgumentParser(
         prog="fastdllm-ext",
         description="Fast decoding of open diffusion language models, without retraining.",
