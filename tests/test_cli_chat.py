@@ -85,6 +85,13 @@ def test_bad_arguments(plain: Any) -> None:
         assert message in err
 
 
+def test_ctrl_c_without_a_terminal_ends_it_all(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Chat, "ask", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        plain(stdin="a\nb\n")
+    assert stop.value.code == 130
+
+
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The prompts that engines get, as text."""
     prompts: list[str] = []
@@ -509,21 +516,21 @@ def test_frames_that_nobody_could_see_are_left_out(
     monkeypatch.setattr(view, "LEAST_SECONDS", 0.04)
     monkeypatch.setattr(view.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(view.time, "sleep", slept.append)
-    on = drawn(10, 60, 10)
-    for step in range(10):
+    on = drawn(11, 60, 10)
+    for step in range(11):
         on.commit(step, [step])
         now[0] += 0.015
     on.view.end()
     on.lines()
-    assert re.findall(r"step +(\d+)", on.output) == ["1", "4", "7", "10"]
+    assert re.findall(r"step +(\d+)", on.output) == ["1", "4", "7", "10", "11"]
     on.view.end()
-    assert on.output.count("step") == 4
+    assert on.output.count("step") == 5
     assert slept == []
     on.view.frame_seconds = 0.5
     on.commit(0, [0])
     on.commit(1, [1])
     on.lines()
-    assert on.output.count("step") == 6
+    assert on.output.count("step") == 7
     assert slept == [0.5, 0.5]
 
 

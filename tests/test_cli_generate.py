@@ -16,6 +16,7 @@ import torch
 
 import fastdllm_ext as fd
 from fastdllm_ext.cli import main
+from fastdllm_ext.commands.generate import Printed
 from fastdllm_ext.demo_tasks import held_out
 from terminal import Terminal, without_controls
 
@@ -92,10 +93,22 @@ def test_prompts_from_stdin_and_files(run: Run, tmp_path: Path) -> None:
     assert [(answer["id"], answer["text"]) for answer in objects(out)] == [
         (1, wanted[0]), (3, wanted[1]), (4, wanted[2]),
     ]  # fmt: skip
+    assert objects(out)[0]["prompt_tokens"] == len(demo()[1](PROMPTS[0])["input_ids"]), "no byte order mark"
     status, out, _ = run("--lines", "--json", stdin=two_lines)
     assert [answer["text"] for answer in objects(out)] == wanted[:2]
     status, out, _ = run("--file", "b", "--file", "-", "--json", stdin=PROMPTS[1])
     assert [answer["text"] for answer in objects(out)] == [wanted[2], wanted[1]]
+
+
+def test_an_answer_cannot_control_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stdout, shown in ((Screen(), "·[2J\t日\n"), (io.StringIO(), "\x1b[2J\t日\n")):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        Printed(["a"], as_json=False).add({"id": "a", "text": "\x1b[2J\t日"})
+        assert stdout.getvalue() == shown
 
 
 def test_a_line_separator_ends_no_line(run: Run, tmp_path: Path) -> None:
@@ -237,6 +250,7 @@ def lines_of(tmp_path: Path, count: int = 12) -> str:
 KILLED = """
 import os, signal, sys
 from fastdllm_ext.cli import main
+from fastdllm_ext.commands.generate import Printed
 fsync, left = os.fsync, [int(sys.argv[1])]
 def dying(file):
     left[0] -= 1
@@ -326,8 +340,11 @@ def test_another_run_is_refused(run: Run, tmp_path: Path) -> None:
         assert err.startswith("fastdllm-ext generate: out.jsonl: is of another run: "), err
         assert difference in err
         assert err.endswith("; takes the same, --restart, or another file\n")
-    write(tmp_path / "in.jsonl", *({"prompt": f"Add {n} and 4.", "id": f"p{n}", "kind": n} for n in range(3)))
-    assert "in.jsonl:1: is not what out.jsonl answers as id 'p0'" in run(*options, "--threshold", "0.9")[2]
+    first, *others = objects((tmp_path / "in.jsonl").read_text())
+    for change in ({"prompt": PROMPTS[1]}, {"kind": 1}, {"more": 1}, {"steps": 16}, {"seed": 4}):
+        write(tmp_path / "in.jsonl", first | change, *others)
+        refusal = run(*options, "--threshold", "0.9")[2]
+        assert "in.jsonl:1: is not what out.jsonl answers as id 'p0'" in refusal, change
     lines_of(tmp_path, 2)
     assert "answers id 'p2', which is none of the prompts" in run(*options, "--threshold", "0.9")[2]
     assert (out.read_bytes(), about.read_bytes()) == (whole, facts)
@@ -428,6 +445,7 @@ BAD_LINES: list[tuple[Any, str]] = [
     ({"prompt": []}, '"prompt" is []; takes text'),
     ({"messages": [{"role": "user"}]}, '"messages" is [{"role": "user"}]; takes a list of {"role"'),
     ({"prompt": "a", "id": 1.5}, '"id" is 1.5; takes a string or a whole number'),
+    ({"prompt": "a", "id": True}, '"id" is True; takes a string or a whole number'),
     ({"prompt": "a", "id": 1}, '"id" 1 is that of in.jsonl:1 as well'),
     ({"prompt": "a", "text": "b"}, '"text" is a name of the answer'),
     ({"prompt": "a", "max_tokens": 3, "gen_length": 3}, "names gen_length twice"),
@@ -492,12 +510,13 @@ def test_a_model_that_is_none(run: Run, tmp_path: Path) -> None:
 def test_whoever_reads_may_stop(tmp_path: Path) -> None:
     """A closed pipe is no error to complain about."""
     (tmp_path / "in").write_text("".join(prompt + "\n" for prompt in PROMPTS))
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     program = subprocess.Popen(
         [sys.executable, "-m", "fastdllm_ext", "generate", "--device", "cpu", "--file", "in", "--lines"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=buffered | {"OMP_NUM_THREADS": "1"},
         text=True,
     )
     assert program.stdout is not None

@@ -34,6 +34,7 @@ __all__ = [
     "load_remote",
     "open_engine",
     "open_model",
+    "option",
 ]
 
 DEMO = "demo"  # the bundled model's name as MODEL
@@ -129,7 +130,7 @@ def open_engine(arguments: argparse.Namespace, **limits: int | None) -> Engine:
 
     Args:
         arguments: of :func:`add_model_arguments` and :func:`add_settings_arguments`.
-        **limits: of the engine: ``max_rows``, ``num_pages``.
+        **limits: of the engine: ``max_rows``, ``num_pages``, ``max_queue``.
 
     Raises:
         TypeError, ValueError, OSError: as :func:`open_model`; settings out of range, or none for the model.
