@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that does not exist is not asked for
+# torchao is found by these processes, and not by programs that tests start: it is not quiet.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if Path(path).name != "torchao"
+)
 
 import pytest
 import torch

@@ -133,7 +133,7 @@ def test_the_cache_of_a_call_is_what_the_option_says(dtype: torch.dtype) -> None
     family = patched_family(model)
     geometry, parts = family.geometry(model), family.parts(model)
     found = [
-        open_cache(None, geometry, [40], parts, Options(kv_cache_dtype=choice)).dtype
+        open_cache(None, geometry, lambda _: [40], parts, Options(kv_cache_dtype=choice)).dtype
         for choice in ("auto", "fp8")
     ]
     assert found == [dtype, FP8]
