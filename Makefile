@@ -58,7 +58,7 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 install: $(VENV)/.installed
 
 demo: install
-	$(BIN)/fastdllm-ext demo --out demo-out
+	$(BIN)/fastdllm-ext demo --out demo-out $(DEMO_FLAGS)
 
 test: install $(VENV)/torchao/.installed
 	PYTHONPATH=$(abspath $(VENV)/torchao) $(PYTEST)
