@@ -94,7 +94,7 @@ format: install
 
 wheel: install
 	rm -rf build/wheel
-	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip wheel -q --no-deps $(WHEEL_FLAGS) --wheel-dir build/wheel .
 	$(BIN)/python -m pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
 	cd build/wheel && $(call PYTHON_ON,site) -m fastdllm_ext env
 
