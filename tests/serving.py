@@ -45,24 +45,6 @@ def served(engine: fd.Engine, limits: Limits | None = None, **arguments: Any) ->
     return service
 
 
-class Stepped(fd.Engine):
-    """An engine whose turns the test takes."""
-
-    def _start(self) -> None:
-        pass
-
-    def turn(self) -> None:
-        with self._lock:
-            busy = self._let_in()
-        if busy:
-            self._scheduler.turn()
-
-    def close(self, **arguments: Any) -> None:
-        for request in self._open_requests():
-            request.cancel()
-        self.turn()
-
-
 async def until(condition: Callable[[], bool]) -> None:
     """Lets others run until something is so."""
 

@@ -12,34 +12,11 @@ import torch
 
 import fastdllm_ext as fd
 from fastdllm_ext.engine import Completion, EngineClosed, QueueFull, Request, RequestTooLong, Update
+from stepped import Stepped
 from test_block import pretend
 from test_generate import random_rows, random_settings, random_tiny
 from test_memory import without_collector
 from tiny import EOS, MASK, VOCAB, random_prompt, tiny_dream, tiny_llada
-
-
-class Stepped(fd.Engine):
-    """An engine whose turns the test takes."""
-
-    def _start(self) -> None:
-        pass
-
-    def turn(self) -> bool:
-        """Whether there was something to do."""
-        with self._lock:
-            busy = self._let_in()
-        if busy:
-            self._scheduler.turn()
-        return busy
-
-    def run(self) -> None:
-        while self.turn():
-            pass
-
-    def close(self, **arguments: Any) -> None:
-        for request in self._open_requests():
-            request.cancel()
-        self.turn()
 
 
 def alone(model: Any, prompt: torch.Tensor, settings: dict[str, Any]) -> fd.GenerationOutput:

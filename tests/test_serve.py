@@ -20,7 +20,6 @@ from serving import (
     PATHS,
     PROMPTS,
     Json,
-    Stepped,
     alone,
     answer,
     ask,
@@ -36,6 +35,7 @@ from serving import (
     texts,
     until,
 )
+from stepped import Stepped
 from tiny import tiny_dream
 
 VAGUE = "Add 4821 and 99."  # to which sampled answers differ

@@ -21,7 +21,6 @@ from serving import (
     PATHS,
     PROMPTS,
     Json,
-    Stepped,
     alone,
     answer,
     ask,
@@ -38,6 +37,7 @@ from serving import (
     texts,
     until,
 )
+from stepped import Stepped
 
 SLOW: Json = {"max_tokens": 64, "block_length": 64, "steps": 64, "cache": "none"}
 

@@ -94,6 +94,11 @@ class Common(NamedTuple):
             geometry.eos_ids if stops else (),
         )
 
+    @property
+    def verifies(self) -> bool:
+        """The rule takes tokens back."""
+        return self.rule is not None and self.rule.verifies
+
 
 class BadLogits(ValueError):
     """NaN or infinite logits; what the ``rows`` would have filled stays open."""
@@ -175,10 +180,7 @@ class Decoder:
             OutOfPages: the rows need more than are free.
         """
         self._make_room(rows)
-        needed = [
-            [] if row.like or row.sequences else row.page_lengths(self.family.shift, self.cache.page_size)
-            for row in rows
-        ]
+        needed = [[] if row.like or row.sequences else self._page_lengths(row) for row in rows]
         sequences = iter(self.cache.add(list(itertools.chain(*needed))))
         for row, lengths in zip(rows, needed, strict=True):
             row.sequences = row.sequences or tuple(itertools.islice(sequences, len(lengths)))
@@ -510,7 +512,7 @@ class Decoder:
                     candidate_positions.append(fill)
         visible = [steps[row.index].visible for row in active] * (len(sequences) // len(active))
         tables = [self.cache.block_table(sequences)]
-        shadows = self._shadows_of(active, steps, tables[0]) if self.verifies else []
+        shadows = self._shadows_of(active, steps, tables[0]) if self.common.verifies else []
         hidden = [torch.arange(0)]
         for row, shadow in zip(active, shadows, strict=False):
             count, each = shadow.positions.shape
@@ -580,7 +582,7 @@ class Decoder:
     def _advance(self, row: DecodingRow, state: list[int]) -> None:
         """Takes over what the device says of a row: block filled, row finished."""
         row.nfe, row.masks_left, row.fresh = state[Row.STEP], state[Row.MASKS_LEFT], False
-        if state[Row.EOS_AT] >= 0 and (row.masks_left == 0 or not self.verifies):
+        if state[Row.EOS_AT] >= 0 and (row.masks_left == 0 or not self.common.verifies):
             row.done = True
         elif row.masks_left == 0:
             row.done = row.block + 1 == len(row.blocks)
@@ -598,11 +600,6 @@ class Decoder:
         if row.config.selection.op == Rule.QUOTA:
             quotas = torch.tensor(row.quotas(self.family.shift), dtype=torch.int32)
             self.quotas[row.index, : len(quotas)] = quotas.to(self.device)
-
-    @property
-    def verifies(self) -> bool:
-        """The rows' rule does."""
-        return self.common.rule is not None and self.common.rule.verifies
 
     def _describe_bad_logits(self, bad: list[DecodingRow], steps: dict[int, Step], number: int) -> str:
         """Which rows, and the first module whose output went wrong: their forward once more, watched."""

@@ -240,6 +240,8 @@ def output_of(decoder: Decoder, rows: Sequence[DecodingRow]) -> GenerationOutput
 
 def commits_of(decoder: Decoder, rows: Sequence[DecodingRow], since: Sequence[int]) -> list[list[Commit]]:
     """Of each row, what its steps from ``since`` on have filled, one by one; ``Commit.row`` is its index."""
+    if not rows:
+        return []
     index = torch.tensor([row.index for row in rows], device=decoder.device)
     steps = decoder.step_map[index]
     where = steps >= torch.tensor(since, device=decoder.device)[:, None]

@@ -139,7 +139,7 @@ class Request:
     def cancel(self) -> None:
         """Gives it up; its place in the queue, or its pages, are free at the next turn. Never an error."""
         if self.future.cancel():
-            self._notify(None)
+            self.update(None)
             self._wake()
 
     def result(self, timeout: float | None = None) -> Completion:
@@ -183,17 +183,13 @@ class Request:
             if self.done:
                 listener(None)
 
-    def _notify(self, update: Update | None) -> None:
-        """An update, or None at the end."""
+    def update(self, update: Update | None) -> None:
+        """The engine's: passes an update on, or None at the end."""
         with self._lock:
             if self._listener is not None:
                 self._listener(update)
             elif update is not None:
                 self._backlog.append(update)
-
-    def update(self, update: Update) -> None:
-        """The engine's: passes an update on."""
-        self._notify(update)
 
     def finish(self, end: Completion | BaseException) -> bool:
         """The engine's: the last word. False where it was cancelled before."""
@@ -204,5 +200,5 @@ class Request:
                 self.future.set_result(end)
         except InvalidStateError:
             return False
-        self._notify(None)
+        self.update(None)
         return True

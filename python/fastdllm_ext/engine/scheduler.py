@@ -52,11 +52,8 @@ class Scheduler:
         decode: Callable[[Sequence[int]], str | None],
     ) -> None:
         self.model, self.cache, self.decode = model, cache, decode
-        self.max_rows, self.max_forward_tokens, self.share_prompts = (
-            max_rows,
-            max_forward_tokens,
-            share_prompts,
-        )
+        self.max_rows, self.max_forward_tokens = max_rows, max_forward_tokens
+        self.share_prompts = share_prompts
         self.kept = KeptPrompts(cache) if reuse_prompts else None
         self.shift = patched_family(model).shift
         self.stats = EngineStats()
@@ -149,8 +146,8 @@ class Scheduler:
 
     def _like(self, request: Request) -> DecodingRow | None:
         """A running row whose first forward is the same and has not been taken; else this is the first."""
-        decoder, row = self._decoder(request.common), request.row
-        if not self.share_prompts or row.nfe > 0 or decoder.verifies:
+        row = request.row
+        if not self.share_prompts or row.nfe > 0 or request.common.verifies:
             return None
         assert row.content is not None
         tokens = row.content.tokens.cpu().numpy().tobytes()
@@ -214,17 +211,9 @@ class Scheduler:
         """Tells requests what has come of them, and lets those go that are finished."""
         requests = [self.running[row] for row in rows]
         watched = [request for request in requests if request.every_commit]
-        commits = (
-            dict(
-                zip(
-                    watched,
-                    commits_of(decoder, [r.row for r in watched], [r.progress.reported for r in watched]),
-                    strict=True,
-                )
-            )
-            if watched
-            else {}
-        )
+        since = [request.progress.reported for request in watched]
+        found = commits_of(decoder, [request.row for request in watched], since)
+        commits = dict(zip(watched, found, strict=True))
         news = [request for request in requests if request in commits or _has_settled(request)]
         if not news:
             return
@@ -298,8 +287,7 @@ class Scheduler:
 def _takes_over(request: Request) -> bool:
     """Keys of its prompt are those of the prompt's tokens, and it has not been refreshed with an answer."""
     row, common = request.row, request.common
-    verifies = common.rule is not None and common.rule.verifies
-    return row.config.cache != "none" and not common.cfg_scale and not verifies and row.nfe <= 1
+    return row.config.cache != "none" and not common.cfg_scale and not common.verifies and row.nfe <= 1
 
 
 def _settled(row: DecodingRow) -> int:
