@@ -476,8 +476,10 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(monkeypatch: pytest.MonkeyP
     request = engine.submit([5, 6], gen_length=9)
     with pytest.raises(ZeroDivisionError):
         request.result(10)
-    with pytest.raises(EngineClosed):
+    with pytest.raises(EngineClosed) as closed:
         engine.submit([5, 6], gen_length=9)
+    assert isinstance(engine.failure, ZeroDivisionError)
+    assert closed.value.__cause__ is engine.failure
     engine.close()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -303,6 +304,17 @@ def test_while_requests_are_not_taken(engine: fd.Engine, status: Any) -> None:
         assert int(response.headers["retry-after"]) > 0
         assert (response.headers.get("connection") == "close") == (status == "draining")
     assert ask(service, "GET", "/metrics").status_code == 200
+
+
+def test_an_engine_that_has_failed_is_told_by_health(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fd.Engine(*demo(), num_pages=8) as broken:
+        service = served(broken)
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)
+        monkeypatch.setattr(broken._scheduler, "turn", lambda: 1 / 0)
+        assert refusal(post(service, PATHS[0]), 500)["code"] is None
+        response = ask(service, "GET", "/health")
+        assert (response.status_code, response.json()["status"]) == (503, "failed")
+        assert refusal(post(service, PATHS[0]), 503)["code"] == "failed"
 
 
 def test_a_model_that_is_loaded_too_late_does_not_open_the_server(engine: fd.Engine) -> None:

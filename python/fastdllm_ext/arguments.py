@@ -203,8 +203,7 @@ def open_cache(
 
     One that was given holds the model's own dtype or fp8, whatever the options ask for.
     """
-    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
-    dtype, devices = place_of_keys(parts, options)
+    shape, dtype, devices = place_of_keys(geometry, parts, options)
     if cache is None:
         pages = PagedKVCache.pages_for(lengths(PAGE_SIZE))
         return PagedKVCache(*shape, num_pages=pages, dtype=dtype, device=devices)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -35,6 +35,7 @@ from fastdllm_ext.runtime import Fused, Modules, make_runtime
 from fastdllm_ext.runtime.block import STATE, BlockShape, BlockStep, addresses, graphs_of, guided
 from fastdllm_ext.runtime.graphs import batch_bucket, page_bucket
 from fastdllm_ext.shadows import Shadows, private_pages
+from fastdllm_ext.shards import group_of
 
 
 @dataclass(frozen=True)
@@ -613,12 +614,25 @@ class Decoder:
 
             return module.register_forward_hook(hook)
 
+        if group_of(self.parts) is None:  # modules of a split model compute nothing by themselves
+            self._watch_forward(bad, steps, watch)
+        rows = [row.index for row in bad]
+        where = f"the output of {found[0]}" if found else "the logits"
+        return (
+            f"logits: NaN or infinite in rows {rows} at step {number}; first in {where}. "
+            "Nothing was committed"
+        )
+
+    def _watch_forward(
+        self, rows: list[DecodingRow], steps: dict[int, Step], watch: Callable[[str, nn.Module], Any]
+    ) -> None:
+        """A forward of some rows, through modules that are watched."""
         runtime = self.runtime
-        self.runtime = Modules(self.family, self.parts)  # whose modules hooks can watch
+        self.runtime = Modules(self.family, self.parts)
         handles = [watch(name, module) for name, module in self.model.named_modules() if name]
         masked = self.tokens == self.geometry.mask_id
         try:
-            plan = self._build_plan(bad, steps)
+            plan = self._build_plan(rows, steps)
             self._forward(plan, [int(masked[b, slice(*steps[b].candidates)].sum()) for b in plan.computed])
         except OutOfPages:
             pass  # rows share pages, and cannot be watched one by one
@@ -626,12 +640,6 @@ class Decoder:
             self.runtime = runtime
             for handle in handles:
                 handle.remove()
-        rows = [row.index for row in bad]
-        where = f"the output of {found[0]}" if found else "the logits"
-        return (
-            f"logits: NaN or infinite in rows {rows} at step {number}; first in {where}. "
-            "Nothing was committed"
-        )
 
 
 class Clock:

@@ -20,6 +20,7 @@ from fastdllm_ext.cache import FP8, PagedKVCache
 from fastdllm_ext.patching.family import Geometry, Parts
 from fastdllm_ext.patching.registry import Options
 from fastdllm_ext.rope import rope_table, table_length
+from fastdllm_ext.shards import group_of
 
 
 @dataclass(frozen=True)
@@ -240,10 +241,18 @@ def dtype_of(parts: Parts) -> torch.dtype:
     return next(parts.norm.parameters()).dtype  # norms are never quantised
 
 
-def place_of_keys(parts: Parts, options: Options) -> tuple[torch.dtype, list[torch.device]]:
-    """The dtype of keys and values, the activations' where a patch asks for no other, and their devices."""
+def place_of_keys(
+    geometry: Geometry, parts: Parts, options: Options
+) -> tuple[tuple[int, int, int], torch.dtype, list[torch.device]]:
+    """(layers, heads, head_dim) of the keys and values that are here, their dtype, and their devices.
+
+    The dtype is the activations' where a patch asks for no other.
+    """
+    group = group_of(parts)
+    heads = geometry.num_kv_heads // (1 if group is None else group.size)
     dtype = FP8 if options.kv_cache_dtype == "fp8" else dtype_of(parts)
-    return dtype, [device_of(layer.q) for layer in parts.layers]
+    places = [device_of(layer.q) for layer in parts.layers]
+    return (geometry.num_layers, heads, geometry.head_dim), dtype, places
 
 
 @contextmanager

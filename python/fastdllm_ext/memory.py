@@ -67,8 +67,8 @@ def memory_needed(
 
     widths, options = Widths.of(parts), patched_options(model)
     runtime = choose_runtime(options, family, parts)
-    dtype, _ = place_of_keys(parts, options)
-    page = PagedKVCache.page_bytes(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, dtype)
+    shape, dtype, _ = place_of_keys(geometry, parts, options)
+    page = PagedKVCache.page_bytes(*shape, dtype)
     logits = (masks + shadows) * (
         twins * (2 * widths.hidden + geometry.vocab_size) * widths.size + _CANDIDATE
     )

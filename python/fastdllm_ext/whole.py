@@ -24,12 +24,12 @@ class Scratch(PagedKVCache):
     """
 
     def __init__(self, geometry: Geometry, parts: Parts, options: Options, num_pages: int) -> None:
-        dtype, devices = place_of_keys(parts, options)
+        (_, heads, head_dim), dtype, devices = place_of_keys(geometry, parts, options)
         places = list(dict.fromkeys(devices))
         super().__init__(
             len(places),
-            geometry.num_kv_heads,
-            geometry.head_dim,
+            heads,
+            head_dim,
             num_pages=num_pages,
             dtype=dtype,
             device=places,

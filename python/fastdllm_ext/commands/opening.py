@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fastdllm_ext.checks import check_count
 from fastdllm_ext.compat import dtype_argument
 from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.engine import Engine
+from fastdllm_ext.engine.team import Team
 from fastdllm_ext.generate import defaults_of
 from fastdllm_ext.load import demo_model_path, load
 from fastdllm_ext.methods import patch
@@ -81,6 +83,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code", action="store_true",
         help="run the checkpoint's own Python code, whatever it does, in place of this package's classes",
     )  # fmt: skip
+    group.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N",
+        help="GPUs, or processes on a CPU, that compute each forward together (1)",
+    )  # fmt: skip
     for name, choices in CHOICES.items():
         group.add_argument(
             option(name), choices=choices, default=choices[0],
@@ -135,17 +141,38 @@ def open_engine(arguments: argparse.Namespace, **limits: int | None) -> Engine:
     Raises:
         TypeError, ValueError, OSError: as :func:`open_model`; settings out of range, or none for the model.
     """
-    for name, limit in limits.items():
+    for name, limit in (limits | {"tensor_parallel_size": arguments.tensor_parallel_size}).items():
         if limit is not None:
             check_count(option(name), limit)
     saved = _saved_config(arguments.generation_config)
     if not sys.stderr.isatty():
         disable_progress_bar()  # loading weights draws one, whoever reads it
-    model, tokenizer = open_model(arguments)
+    team = None
+    if arguments.tensor_parallel_size == 1:
+        model, tokenizer = open_model(arguments)
+    else:
+        team = _open_team(arguments)
+        model, tokenizer = team.model, team.tokenizer
     given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
-    config = GenerationConfig.build(defaults_of(model) if saved is None else saved, given)
-    check_for_model(model, config)
-    return Engine(model, tokenizer, config=config, **limits)  # type: ignore[arg-type]
+    try:
+        config = GenerationConfig.build(defaults_of(model) if saved is None else saved, given)
+        check_for_model(model, config)
+        return Engine(model, tokenizer, config=config, team=team, **limits)  # type: ignore[arg-type]
+    except BaseException:
+        if team is not None:
+            team.close()
+        raise
+
+
+def _open_team(arguments: argparse.Namespace) -> Team:
+    """The model over as many processes as the arguments say."""
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device={device} with --tensor-parallel-size; takes cpu or cuda")
+    on_cpu = argparse.Namespace(**{**vars(arguments), "device": "cpu"})
+    return Team(partial(open_model, on_cpu), arguments.tensor_parallel_size, device)
 
 
 def _saved_config(where: str | None) -> GenerationConfig | None:

@@ -18,29 +18,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from fastdllm_ext.arguments import (
-    append_masks,
-    check_model,
-    check_settings,
-    check_tokens,
-    read_prompts,
-    row_seeds,
-    with_token_ids,
-)
+from fastdllm_ext.arguments import check_model, row_seeds
 from fastdllm_ext.cache import PAGE_SIZE, PAGE_SIZES, PagedKVCache
 from fastdllm_ext.checks import check_count
-from fastdllm_ext.decoder import Common
 from fastdllm_ext.decoding import GenerationConfig
+from fastdllm_ext.engine.admission import Admission
 from fastdllm_ext.engine.request import Completion, Request, Update
-from fastdllm_ext.engine.scheduler import Scheduler
+from fastdllm_ext.engine.scheduler import make_scheduler
 from fastdllm_ext.engine.statistics import EngineStats
+from fastdllm_ext.engine.team import Team
 from fastdllm_ext.forward import device_of, evaluating, place_of_keys
 from fastdllm_ext.generate import defaults_of
 from fastdllm_ext.patching.registry import patched_family, patched_options, unwrapped
-from fastdllm_ext.rows import DecodingRow
 
-__all__ = ["Engine", "EngineClosed", "QueueFull", "RequestTooLong"]
+__all__ = ["Engine", "EngineClosed", "QueueFull"]
 
+GRACE = 5.0  # seconds
 # Of the memory that is free, what the pages may take where nothing is said; forwards need the rest.
 SHARE_FOR_PAGES = 0.6
 
@@ -51,10 +44,6 @@ class QueueFull(RuntimeError):
 
 class EngineClosed(RuntimeError):
     """The engine takes no requests any more."""
-
-
-class RequestTooLong(ValueError):
-    """Prompt and answer need more positions than the model, or the pages, have."""
 
 
 class Engine:
@@ -78,6 +67,11 @@ class Engine:
         share_prompts: requests whose first forward is the same take it once.
         reuse_prompts: the first refresh of a request takes over keys and values of an earlier one, as far as
             their prompts begin with the same tokens. An approximation: docs/engine.md says of what quality.
+        team: whose model it is, if several processes share it; ends with the engine.
+
+    Attributes:
+        admission: what it takes.
+        failure: what ended the engine, where a fault has.
 
     Raises:
         ValueError: a model that is not patched, or an argument out of range.
@@ -96,6 +90,7 @@ class Engine:
         max_forward_tokens: int = 8192,
         share_prompts: bool = True,
         reuse_prompts: bool = False,
+        team: Team | None = None,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_forward_tokens", max_forward_tokens)):
             check_count(name, value)
@@ -111,36 +106,40 @@ class Engine:
         own = unwrapped(model)
         self.geometry, parts = self.family.geometry(own), self.family.parts(own)
         self.device = device_of(parts.embedding)
-        dtype, devices = place_of_keys(parts, patched_options(model))
-        shape = (self.geometry.num_layers, self.geometry.num_kv_heads, self.geometry.head_dim)
         if num_pages is None:
+            shape, dtype, _ = place_of_keys(self.geometry, parts, patched_options(model))
             page = PagedKVCache.page_bytes(*shape, dtype, page_size)
             room = int(SHARE_FOR_PAGES * free_memory(self.device) // page)
             longest = PagedKVCache.pages_for([self.geometry.max_positions], page_size)
             num_pages = max(1, min(room, max_rows * longest))
-        self.cache = PagedKVCache(
-            *shape, num_pages=num_pages, page_size=page_size, dtype=dtype, device=devices
+        self.admission = Admission(self.family, self.geometry, num_pages, page_size)
+        settings = {
+            "num_pages": num_pages,
+            "page_size": page_size,
+            "max_rows": max_rows,
+            "max_forward_tokens": max_forward_tokens,
+            "share_prompts": share_prompts,
+            "reuse_prompts": reuse_prompts,
+        }
+        self._scheduler = make_scheduler(
+            own, decode=partial(_decode, tokenizer), together=team is not None, **settings
         )
-        self._scheduler = Scheduler(
-            own,
-            self.cache,
-            max_rows=max_rows,
-            max_forward_tokens=max_forward_tokens,
-            share_prompts=share_prompts,
-            reuse_prompts=reuse_prompts,
-            decode=partial(_decode, tokenizer),
-        )
+        self.cache = self._scheduler.cache
         self._lock = threading.Condition()
         self._arrived: list[Request] = []
         self._next = 0
         self._closed = False
+        self.failure: BaseException | None = None
+        self._team = team
+        if team is not None:
+            team.start(self._end, **settings)
         self._thread = threading.Thread(target=self._work, name="fastdllm-engine", daemon=True)
         self._start()
 
     @property
     def longest(self) -> int:
         """Positions, prompt and answer together, that a request may have."""
-        return min(self.geometry.max_positions, self.cache.stats.num_pages * self.cache.page_size)
+        return self.admission.longest
 
     @property
     def stats(self) -> EngineStats:
@@ -181,10 +180,10 @@ class Engine:
         """
         check_count("stream", stream, least=0)
         config = GenerationConfig.build(self.config if config is None else config, arguments)
-        row, common = self._row(input_ids, config, stream)
+        row, common = self.admission.row(input_ids, config, stream)
         with self._lock:
             if self._closed:
-                raise EngineClosed("the engine is closed")
+                raise EngineClosed("the engine is closed") from self.failure
             queued = len(self._scheduler.waiting) + len(self._arrived)
             if self.max_queue is not None and queued >= self.max_queue:
                 raise QueueFull(f"{queued} requests wait; max_queue={self.max_queue}")
@@ -273,7 +272,10 @@ class Engine:
         for request in requests:
             request.cancel()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            # After a failure of the team it may wait for ever for a process that is gone.
+            self._thread.join(None if self.failure is None else GRACE)
+        if self._team is not None:
+            self._team.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -289,31 +291,6 @@ class Engine:
     @property
     def _idle(self) -> bool:
         return self._scheduler.idle and not self._arrived
-
-    def _row(
-        self, input_ids: Tensor | Sequence[int], config: GenerationConfig, stream: int
-    ) -> tuple[DecodingRow, Common]:
-        """A request's row, checked."""
-        geometry = with_token_ids(self.geometry, config)
-        (prompt,) = read_prompts([as_tensor(input_ids)], None, geometry, torch.device("cpu"))
-        check_tokens([prompt], geometry, self.family, config.infill)
-        (tokens,) = [prompt] if config.infill else append_masks([prompt], config, geometry)
-        if len(tokens) > self.longest:
-            raise RequestTooLong(
-                f"input_ids: {len(tokens)} positions, {len(tokens) - len(prompt)} of them gen_length; "
-                f"takes {self.longest} together"
-            )
-        check_settings(self.family, geometry, config, [prompt], [tokens], None)
-        if not geometry.eos_ids:
-            config = replace(config, stop_on_eos=False)
-        key, first = row_seeds(config, 1)[0]
-        row = DecodingRow.of(tokens, config, (key, first + stream), geometry.mask_id)
-        common = Common.of(geometry, config)
-        page_size = self.cache.page_size
-        pages = self.cache.pages_for(row.page_lengths(self.family.shift, page_size), page_size)
-        if pages > self.cache.stats.num_pages:
-            raise RequestTooLong(f"input_ids: needs {pages} pages; num_pages={self.cache.stats.num_pages}")
-        return row, common
 
     def _submit_when_possible(
         self, prompt: Tensor | Sequence[int], config: GenerationConfig, stream: int
@@ -337,12 +314,17 @@ class Engine:
                 while self._wait_for_work():
                     scheduler.turn()
         except BaseException as error:  # a fault of ours: nobody may wait for ever
-            with self._lock:
-                self._closed = True
-                self._lock.notify_all()
-            for request in self._open_requests():
-                request.finish(error)
+            self._end(error)
             raise
+
+    def _end(self, failure: BaseException) -> None:
+        """Nothing works any more: every request ends with what it was."""
+        with self._lock:
+            self.failure, self._closed = self.failure or failure, True
+            self._lock.notify_all()
+            requests = self._open_requests()
+        for request in requests:
+            request.finish(failure)
 
     def _wait_for_work(self) -> bool:
         """Waits until a request runs; False when the engine is closed and nothing is left."""
@@ -355,12 +337,14 @@ class Engine:
 
     def _let_in(self) -> bool:
         """Lets requests in; whether any runs. The lock is held."""
-        for request in self._arrived:
-            self._scheduler.add(request)
-        self._arrived.clear()
-        self._scheduler.admit()
+        arrived, scheduler = self._arrived, self._scheduler
+        gone = {request.number for request in self._open_requests() if request.cancelled}
+        if self._team is not None and (arrived or gone or not scheduler.idle):
+            self._team.tell(arrived, gone)
+        scheduler.begin(arrived, gone)
+        arrived.clear()
         self._lock.notify_all()
-        return not self._scheduler.idle
+        return not scheduler.idle
 
     def _open_requests(self) -> list[Request]:
         scheduler = self._scheduler
@@ -372,19 +356,6 @@ def _decode(tokenizer: PreTrainedTokenizerBase | None, tokens: Sequence[int]) ->
     if tokenizer is None:
         return None
     return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
-
-
-def as_tensor(input_ids: Tensor | Sequence[int]) -> Tensor:
-    """A prompt on the CPU, its dtype as it came. TypeError for a list of anything but ints."""
-    if isinstance(input_ids, Tensor):
-        return input_ids.cpu()
-    ids = list(input_ids)
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise TypeError(f"input_ids holds {token!r}; takes ints")
-        if not -(2**63) <= token < 2**63:
-            raise ValueError(f"input_ids holds token {token}; takes those of the vocabulary")
-    return torch.tensor(ids, dtype=torch.int64)
 
 
 def free_memory(device: torch.device) -> int:

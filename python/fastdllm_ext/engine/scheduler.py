@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from contextlib import suppress
 from time import perf_counter
+from typing import Any
 
 from torch import nn
 
@@ -14,11 +15,12 @@ from fastdllm_ext.decoder import BadLogits, Common, Decoder
 from fastdllm_ext.engine.prompts import KeptPrompts
 from fastdllm_ext.engine.request import Completion, Request, Update
 from fastdllm_ext.engine.statistics import EngineStats
+from fastdllm_ext.forward import place_of_keys
 from fastdllm_ext.generate import commits_of, output_of
-from fastdllm_ext.patching.registry import patched_family
+from fastdllm_ext.patching.registry import patched_family, patched_options
 from fastdllm_ext.rows import DecodingRow, Step
 
-__all__ = ["Scheduler"]
+__all__ = ["Scheduler", "make_scheduler"]
 
 
 class Scheduler:
@@ -38,6 +40,8 @@ class Scheduler:
         share_prompts: one forward serves requests of which it is the same.
         reuse_prompts: first refreshes take over keys of earlier prompts that begin with the same tokens.
         decode: turns answers into text.
+        together: other processes take the same turns. What fails here may not have failed there: it is
+            raised.
     """
 
     def __init__(
@@ -50,8 +54,9 @@ class Scheduler:
         share_prompts: bool,
         reuse_prompts: bool,
         decode: Callable[[Sequence[int]], str | None],
+        together: bool = False,
     ) -> None:
-        self.model, self.cache, self.decode = model, cache, decode
+        self.model, self.cache, self.decode, self.together = model, cache, decode, together
         self.max_rows, self.max_forward_tokens = max_rows, max_forward_tokens
         self.share_prompts = share_prompts
         self.kept = KeptPrompts(cache) if reuse_prompts else None
@@ -67,8 +72,14 @@ class Scheduler:
         """Nothing to do."""
         return not self.waiting and not self.running
 
-    def add(self, request: Request) -> None:
-        """Takes a request into the queue."""
+    def begin(self, arrived: Iterable[Request], gone: Collection[int]) -> None:
+        """Before a turn: takes requests into the queue, drops others by number, and lets in who may."""
+        for request in arrived:
+            self._add(request)
+        self._drop(gone)
+        self._admit()
+
+    def _add(self, request: Request) -> None:
         heapq.heappush(self.waiting, (request.number, request))
 
     def pages_of(self, request: Request) -> int:
@@ -76,9 +87,8 @@ class Scheduler:
         page_size = self.cache.page_size
         return self.cache.pages_for(request.row.page_lengths(self.shift, page_size), page_size)
 
-    def admit(self) -> None:
-        """Drops what was cancelled, and lets requests in while there are pages and rows for them."""
-        self._drop_cancelled()
+    def _admit(self) -> None:
+        """Lets requests in while there are pages and rows for them."""
         self._firsts = {k: row for k, row in self._firsts.items() if row.index >= 0 and row.nfe == 0}
         promised = sum(map(self.pages_of, self.running.values()))
         while self.waiting and len(self.running) < self.max_rows:
@@ -95,6 +105,8 @@ class Scheduler:
                 self._take_over(request, needed)
                 self._decoder(request.common).enter([row])
             except Exception as error:
+                if self.together:
+                    raise
                 self._fail([row], error)
             if request.progress.admitted is None:
                 request.progress.admitted = request.seconds
@@ -130,15 +142,15 @@ class Scheduler:
                 row.reused = found[1]
                 self.stats.reused_tokens += row.reused
 
-    def _drop_cancelled(self) -> None:
-        if any(request.cancelled for _, request in self.waiting):
-            gone = [request for _, request in self.waiting if request.cancelled]
-            self.waiting = [entry for entry in self.waiting if not entry[1].cancelled]
+    def _drop(self, gone: Collection[int]) -> None:
+        waiting = len(self.waiting)
+        self.waiting = [entry for entry in self.waiting if entry[0] not in gone]
+        if len(self.waiting) < waiting:
             heapq.heapify(self.waiting)
-            self.stats.cancelled += len(gone)
-        for request in [request for request in self.running.values() if request.cancelled]:
+        running = [request for request in self.running.values() if request.number in gone]
+        for request in running:
             self._leave(request)
-            self.stats.cancelled += 1
+        self.stats.cancelled += waiting - len(self.waiting) + len(running)
 
     def _leave(self, request: Request) -> None:
         del self.running[request.row]
@@ -179,6 +191,8 @@ class Scheduler:
         except BadLogits as error:
             self._fail(error.rows, error)
         except Exception as error:
+            if self.together:
+                raise
             self._fail(rows, error)
         rows = [row for row in rows if row in self.running]
         for row in rows:
@@ -198,7 +212,7 @@ class Scheduler:
         if request.every_commit and progress.reported > nfe:
             request.update(Update(nfe=nfe, seconds=request.seconds, restarted_at=nfe))
         progress.reported = min(progress.reported, nfe)
-        self.add(request)
+        self._add(request)
 
     def _fail(self, rows: Iterable[DecodingRow], error: Exception) -> None:
         for request in [self.running[row] for row in rows]:
@@ -282,6 +296,21 @@ class Scheduler:
         stats.first_block_seconds += completion.first_block_seconds
         stats.request_seconds += seconds
         stats.block_seconds += blocks[-1]
+
+
+def make_scheduler(
+    model: nn.Module,
+    *,
+    num_pages: int,
+    page_size: int,
+    decode: Callable[[Sequence[int]], str | None],
+    **settings: Any,
+) -> Scheduler:
+    """A scheduler with a cache of its own; ``settings`` are those of :class:`Scheduler`."""
+    family = patched_family(model)
+    shape, dtype, devices = place_of_keys(family.geometry(model), family.parts(model), patched_options(model))
+    cache = PagedKVCache(*shape, num_pages=num_pages, page_size=page_size, dtype=dtype, device=devices)
+    return Scheduler(model, cache, decode=decode, **settings)
 
 
 def _takes_over(request: Request) -> bool:

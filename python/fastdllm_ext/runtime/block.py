@@ -188,7 +188,7 @@ _GRAPHS: WeakKeyDictionary[nn.Module, StepGraphs[BlockStep]] = WeakKeyDictionary
 
 
 def graphs_of(model: nn.Module, runtime: object, device: torch.device) -> StepGraphs[BlockStep] | None:
-    """The model's captured steps; None where steps are not captured: on a CPU, or through modules.
+    """The model's captured steps; None where steps are not captured: on a CPU, through modules, or split.
 
     The environment variable ``FASTDLLM_GRAPHS`` says how they run on CUDA: ``block`` (one launch a block, the
     default), ``replay`` (one launch a step) or ``eager``.
@@ -197,7 +197,7 @@ def graphs_of(model: nn.Module, runtime: object, device: torch.device) -> StepGr
     if asked.upper() not in Rung.__members__:
         raise ValueError(f"FASTDLLM_GRAPHS={asked!r}; takes one of {', '.join(Rung.__members__).lower()}")
     rung = Rung[asked.upper()]
-    if device.type != "cuda" or not isinstance(runtime, Fused) or rung == Rung.EAGER:
+    if device.type != "cuda" or not isinstance(runtime, Fused) or runtime.group or rung == Rung.EAGER:
         return None
     if model not in _GRAPHS:
         _GRAPHS[model] = StepGraphs(CudaGraphs(device), first=rung)

@@ -7,6 +7,9 @@
         x += o a;  n = rms_norm(x)                    sum and norm in one
         x += down(silu(gate n) * (up n));  n = rms_norm(x)     of the next layer, or the final one
 
+Of a model that is split (``shards.py``) each process has a part of every product, and what o and down give is
+summed.
+
 The last layer's attention, and all that follows it, is computed for the outputs that are wanted alone: at a
 refresh these are few of the row's positions. What is as wide as the MLP exists for `CHUNK` tokens at a time,
 so that a long row needs little more memory than its residual stream and queries.
@@ -32,6 +35,7 @@ from fastdllm_ext.patching.family import Family, Layer, Parts
 from fastdllm_ext.runtime.products import QUANTIZATIONS, Group, Product, forget_quantized, quantized
 from fastdllm_ext.runtime.weights import join, part
 from fastdllm_ext.runtime.widths import Widths
+from fastdllm_ext.shards import group_of, local
 
 CHUNK = 4096
 
@@ -60,11 +64,18 @@ class Fused:
         self.mlp_norms = [norm(layer.mlp_norm) for layer in parts.layers]
         # The norm before each layer's attention, and the one after the last layer.
         self.norms = [*(norm(layer.attn_norm) for layer in parts.layers), norm(parts.norm)]
-        self.head = self.products[-1][-1]
-        q, k, v = (
-            module.out_features for module in (parts.layers[0].q, parts.layers[0].k, parts.layers[0].v)
-        )
-        self.widths = [q, k, v]
+        first: Any = parts.layers[0]
+        self.widths = [len(local(module.weight)) for module in (first.q, first.k, first.v)]
+        self.group = group_of(parts)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] -> [R, vocab]."""
+        logits = self.products[-1][-1](hidden)
+        return logits if self.group is None else self.group.join(logits)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Of what all processes of a split model found."""
+        return x if self.group is None else self.group.sum(x)
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
@@ -105,9 +116,9 @@ class Fused:
         """
         _, o, gate_up, down, *_ = self.products[i]
         norm, after, x = self.mlp_norms[i], self.norms[i + 1], x[rows]
-        n = ops.add_rms_norm(o(a[rows]), x, norm.weight, norm.eps)
+        n = ops.add_rms_norm(self._sum(o(a[rows])), x, norm.weight, norm.eps)
         n = gate_up.silu_mul(n)
-        n = ops.add_rms_norm(down(n), x, after.weight, after.eps)
+        n = ops.add_rms_norm(self._sum(down(n)), x, after.weight, after.eps)
         return n if i == len(self.products) - 1 else self._queries(attend, i + 1, n, rows)
 
     @staticmethod
@@ -145,7 +156,7 @@ def _quantized(parts: Parts, name: str) -> list[tuple[Product, ...]]:
     if not QUANTIZATIONS[name].head:
         weight: Any = head.weight
         bias: Any = getattr(head, "bias", None)
-        products[-1] = (*products[-1], Product(weight.detach(), bias))
+        products[-1] = (*products[-1], Product(local(weight).detach(), None if bias is None else local(bias)))
     return products
 
 
@@ -155,7 +166,13 @@ def _to_round(parts: Parts, name: str) -> list[list[Group]]:
     if not QUANTIZATIONS[name].head:
         layers[-1] = layers[-1][:-1]
     return [
-        [([m.weight for m in g], [m.bias for m in g if getattr(m, "bias", None) is not None]) for g in groups]
+        [
+            (
+                [local(m.weight) for m in g],
+                [local(m.bias) for m in g if getattr(m, "bias", None) is not None],
+            )
+            for g in groups
+        ]
         for groups in layers
     ]
 
@@ -163,9 +180,9 @@ def _to_round(parts: Parts, name: str) -> list[list[Group]]:
 def _parameters(groups: list[list[Any]]) -> list[list[Tensor]]:
     """The weights of each group, then the biases of those that have them; None where there is none."""
     biased = [group for group in groups if getattr(group[0], "bias", None) is not None]
-    return [[getattr(m, "weight", None) for m in group] for group in groups] + [
-        [getattr(m, "bias", None) for m in group] for group in biased
-    ]  # type: ignore[return-value]
+    return [[local(getattr(m, "weight", None)) for m in group] for group in groups] + [
+        [local(m.bias) for m in group] for group in biased
+    ]  # type: ignore[arg-type]
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
@@ -221,7 +238,7 @@ def why_not_fused(family: Family, parts: Parts) -> str | None:
     weights = [
         p for module in (*norms, *linear, *tied) for p in (module.weight, getattr(module, "bias", None))
     ]
-    found = [p for p in weights if p is not None]
+    found = [local(p) for p in weights if p is not None]
     for p in found:
         if type(p.data) is not Tensor or not p.is_contiguous():
             return "a weight is not a plain contiguous tensor"

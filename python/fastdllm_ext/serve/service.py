@@ -25,7 +25,7 @@ REASONS: dict[Status, str] = {
     "loading": "the model is being loaded",
     "ok": "the engine is closed",
     "draining": "the server is shutting down",
-    "failed": "the model could not be loaded",
+    "failed": "the model could not be loaded, or its engine has failed",
 }
 
 
@@ -53,19 +53,28 @@ class Service:
         log_texts: write prompts and answers into the log.
 
     Attributes:
-        status: "loading" until :meth:`open`, "ok" until :meth:`drain`.
         jobs: that are being answered.
     """
 
     def __init__(self, name: str, limits: Limits = Limits(), *, log_texts: bool = False) -> None:
         self.name, self.limits, self.log_texts = name, limits, log_texts
-        self.status: Status = "loading"
+        self._status: Status = "loading"
         self.engine: Engine | None = None
         self.jobs: set[Job] = set()
         self.metrics = Metrics(lambda: None if self.engine is None else self.engine.stats)
         self._under_way = 0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def status(self) -> Status:
+        """ "loading" until :meth:`open`, "ok" until :meth:`drain` or a fault of the engine."""
+        failed = self.engine is not None and self.engine.failure is not None
+        return "failed" if failed and self._status == "ok" else self._status
+
+    @status.setter
+    def status(self, status: Status) -> None:
+        self._status = status
 
     def open(self, engine: Engine) -> None:
         """The model is there. ValueError where its engine has no tokenizer."""
