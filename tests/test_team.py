@@ -23,7 +23,6 @@ from fastdllm_ext.engine import Completion, EngineClosed
 from fastdllm_ext.engine.team import Team, TeamFailed
 from tiny import MASK, tiny_dream, tiny_llada
 
-FAMILIES = {"llada": tiny_llada, "dream": tiny_dream}
 # Of every kind of state that processes must agree on: quotas, knobs, random numbers, memories, guidance.
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -42,14 +41,15 @@ def _others_find_this_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])))
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a small model, whose vocabulary no two processes share evenly."""
-    where = tmp_path_factory.mktemp(request.param)
-    changes = {"embedding_size": 65} if request.param == "llada" else {}
-    model = FAMILIES[request.param](3, vocab_size=65, **changes)
+def saved(model: nn.Module, where: Path) -> Path:
     fd.unpatch(model).save_pretrained(where)
     return where
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a small model."""
+    return saved(tiny_llada(3), tmp_path_factory.mktemp("llada"))
 
 
 def opener(folder: Path) -> Callable[[], Any]:
@@ -74,8 +74,13 @@ def assert_same(found: Completion, wanted: fd.GenerationOutput) -> None:
     assert found.nfe == int(wanted.nfe[0])
 
 
-def test_tokens_are_those_of_one_process(folder: Path) -> None:
-    """In a row of requests that share turns, some of which are given up, with few pages."""
+@pytest.mark.parametrize("family, changes", [(tiny_llada, {"embedding_size": 65}), (tiny_dream, {})])
+def test_tokens_are_those_of_one_process(family: Any, changes: Any, tmp_path: Path) -> None:
+    """Of requests that share turns, some of which are given up, with few pages.
+
+    Neither do the processes share the vocabulary evenly.
+    """
+    folder = saved(family(3, vocab_size=65, **changes), tmp_path)
     model, _ = opener(folder)()
     jobs = [(prompt, SETTINGS[i % len(SETTINGS)]) for i, prompt in enumerate(prompts(28))]
     with engine_of(opener(folder), num_pages=40, page_size=16) as engine:
@@ -177,14 +182,12 @@ def is_running(pid: int) -> bool:
 
 
 def test_what_cannot_be_split(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"size=3: the model has 4 heads, [24] of keys"):
+    with pytest.raises(ValueError, match=r"size=3: the model has 4 heads, 4 of keys"):
         Team(opener(folder), 3, "cpu")
-    tied = tmp_path / "tied"
-    fd.unpatch(tiny_llada(3, weight_tying=True)).save_pretrained(tied)
+    tied = saved(tiny_llada(3, weight_tying=True), tmp_path / "tied")
     with pytest.raises(ValueError, match=r"size=2: the model's embedding is its head; takes 1"):
         Team(opener(tied), 2, "cpu")
-    biased = tmp_path / "biased"
-    fd.unpatch(tiny_llada(3, include_bias=True)).save_pretrained(biased)
+    biased = saved(tiny_llada(3, include_bias=True), tmp_path / "biased")
     with pytest.raises(ValueError, match=r"size=2: what is summed over processes has a bias; takes 1"):
         Team(opener(biased), 2, "cpu")
     with pytest.raises(ValueError, match=r"size=2: takes a model that runtime='fused' takes"):
@@ -235,7 +238,5 @@ def test_the_command_line(capfd: pytest.CaptureFixture[str]) -> None:
     alone = capfd.readouterr().out
     assert main([*ask, "--tensor-parallel-size", "3"]) == 0
     assert capfd.readouterr().out == alone != ""
-    assert main([*ask, "--tensor-parallel-size", "2"]) == 2
-    assert "size=2: the model has 3 heads" in capfd.readouterr().err
     assert main([*ask, "--tensor-parallel-size", "0"]) == 2
     assert "--tensor-parallel-size=0; takes 1 or more" in capfd.readouterr().err

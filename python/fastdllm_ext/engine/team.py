@@ -8,11 +8,13 @@ bits.
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -112,6 +114,8 @@ class Team:
                 follower.wait()
             places[0].take(self.model)
         except BaseException:
+            for follower in self._followers:
+                follower.process.kill()
             self.close()
             raise
 
@@ -134,14 +138,15 @@ class Team:
         self._tell(None)
         for follower in self._followers:
             follower.end()
-        if dist.is_initialized() and all(follower.process.returncode == 0 for follower in self._followers):
-            dist.destroy_process_group()  # else it may wait for one that is gone
+        whole = all(follower.process.returncode == 0 for follower in self._followers)
+        if dist.is_initialized() and (whole or dist.get_backend() == "gloo"):
+            dist.destroy_process_group()  # of NCCL's it would wait for one that is gone
         self._folder.cleanup()
 
     def _tell(self, message: object) -> None:
         for follower in self._followers:
             with suppress(OSError):  # of one that has ended, which is watched for
-                follower.connection.send(message)
+                send(follower.connection, message)
 
     def _check(self, size: int) -> None:
         family, own = patched_family(self.model), unwrapped(self.model)
@@ -173,12 +178,12 @@ class _Follower:
             stdout=subprocess.DEVNULL,
         )
         theirs.close()
-        self.connection.send((place, open_model))
+        send(self.connection, (place, open_model))
 
     def wait(self) -> None:
         """Until it has opened the model. TeamFailed where it cannot."""
         with suppress(EOFError, OSError):
-            if (error := self.connection.recv()) is None:
+            if (error := receive(self.connection)) is None:
                 return
             raise TeamFailed(f"process {self.rank} of the model: {error}")
         raise TeamFailed(f"process {self.rank} of the model ended with status {self.process.wait()}")
@@ -198,13 +203,13 @@ def follow(descriptor: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal's, a service manager's: the leader says when
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(descriptor)
-    place, open_model = connection.recv()
+    place, open_model = receive(connection)
     try:
         model, _ = open_model()
     except Exception as error:
-        connection.send(f"{type(error).__name__}: {error}")
+        send(connection, f"{type(error).__name__}: {error}")
         raise
-    connection.send(None)
+    send(connection, None)
     place.take(model)
     messages = _messages(connection)
     settings = next(messages, None)
@@ -224,11 +229,23 @@ def _messages(connection: Connection) -> Iterator[Any]:
 
     def read() -> None:
         try:
-            while (message := connection.recv()) is not None:
+            while (message := receive(connection)) is not None:
                 said.put(message)
-        except (EOFError, OSError):
-            os._exit(1)  # the leader is gone: this may wait for it in the middle of a forward
+        except BaseException as error:
+            if not isinstance(error, (EOFError, OSError)):
+                traceback.print_exc()
+            os._exit(1)  # the rest of this may wait for the leader in the middle of a forward
         said.put(None)
 
     threading.Thread(target=read, daemon=True).start()
     return iter(said.get, None)
+
+
+def send(connection: Connection, message: object) -> None:
+    """By value: a connection's own ``send`` shares the memory of tensors, among relatives."""
+    connection.send_bytes(pickle.dumps(message))
+
+
+def receive(connection: Connection) -> Any:
+    """What :func:`send` sent."""
+    return pickle.loads(connection.recv_bytes())
