@@ -215,7 +215,7 @@ def test_settings_can_be_set_and_shown(engine: fd.Engine, capsys: pytest.Capture
     assert all(
         f"/{name}" in printed for name in ("help", "new", "undo", "set NAME VALUE", "save FILE", "quit")
     )
-    check_for_model(engine.model, kept)
+    check_for_model(engine.family, engine.geometry, kept)
 
 
 # --- On a terminal -----------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ class Chat:
             return
         try:
             config = GenerationConfig.build(self.config, {name: value_of(text.strip())})
-            check_for_model(self.engine.model, config)
+            check_for_model(self.engine.family, self.engine.geometry, config)
         except (TypeError, ValueError) as error:
             self.complain(f"/set: {error}")
         else:

@@ -6,9 +6,11 @@ Importing this does not import Ray.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -55,30 +57,49 @@ def check_cluster_arguments(arguments: argparse.Namespace) -> None:
 
 
 @contextmanager
-def cluster(arguments: argparse.Namespace, spare_cpus: int = 0) -> Iterator[None]:
+def cluster(arguments: argparse.Namespace, spare_cpus: int = 0, quiet: bool = False) -> Iterator[None]:
     """Connected to the cluster that the arguments name, or to this machine as one, which ends with it.
 
     Args:
         arguments: of :func:`add_cluster_arguments`.
         spare_cpus: that tasks beside the replicas need.
+        quiet: nothing of what Ray and its processes say about themselves is shown.
 
     Raises:
         ConnectionError: no cluster at the address.
     """
     import ray
 
+    options: dict[str, Any] = {}
+    if quiet:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        options = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = arguments.ray_address or os.environ.get("RAY_ADDRESS")
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Of Ray's own account: it starts nothing for which there are too few.
         needed = _replicas(arguments) * _cpus(arguments, local=True) + spare_cpus
-        ray.init("local", num_cpus=max(_cores(), needed), include_dashboard=False)
-    else:
-        ray.init(address)
+        options |= {"num_cpus": max(_cores(), needed), "include_dashboard": False}
+    with _muted() if quiet else nullcontext():  # it says that it will say nothing
+        ray.init(address or "local", **options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Without what this process's libraries write on stderr."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def actor_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     fastdllm-ext generate MODEL --jsonl in.jsonl --out out.jsonl
 
-All prompts share one engine. Prompt i samples with stream i of the seed, so an answer does not depend on
-which others are decoded beside it, nor on how often the run was cut off.
+All prompts share one engine, or with --ray several. Prompt i samples with stream i of the seed, so an answer
+does not depend on which others are decoded beside it, nor on how often the run was cut off.
 """
 
 from __future__ import annotations
@@ -14,36 +14,45 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from time import perf_counter
 from typing import Any, TextIO
 
-from jinja2 import TemplateError
 from tqdm import tqdm
 
 import fastdllm_ext
-from fastdllm_ext.arguments import row_seeds
-from fastdllm_ext.commands import fingerprint
+from fastdllm_ext.commands.batch import replicas
+from fastdllm_ext.commands.cluster import add_cluster_arguments, check_cluster_arguments
+from fastdllm_ext.commands.jobs import (
+    AHEAD,
+    REFUSALS,
+    Answer,
+    Answers,
+    Asker,
+    Facts,
+    Job,
+    answer_of,
+    failure,
+    make_jobs,
+)
 from fastdllm_ext.commands.opening import (
     add_model_arguments,
     add_settings_arguments,
-    check_for_model,
     ending,
     open_engine,
 )
 from fastdllm_ext.commands.prompts import Asked, add_prompt_arguments, read_prompts
 from fastdllm_ext.commands.record import Record
 from fastdllm_ext.decoding import GenerationConfig
-from fastdllm_ext.engine import Completion, Engine, Request
+from fastdllm_ext.engine import EngineStats, Request
 from fastdllm_ext.patching.registry import CHOICES
-from fastdllm_ext.serve.text import Speech
 from fastdllm_ext.view import visible
 
 __all__ = ["add_arguments", "run"]
-
-Answer = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-pages", type=int, help="of 32 positions, for keys and values (as the engine chooses)"
     )
+    add_cluster_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,7 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         TypeError, ValueError, OSError: before anything is answered: prompts, settings or a model that are
             none.
+        ImportError: --ray without Ray.
+        ChildProcessError: a replica cannot answer anything.
     """
+    check_cluster_arguments(arguments)
     if arguments.restart and arguments.out is None:
         raise ValueError("--restart: takes --out FILE")
     progress = Progress()
@@ -118,40 +131,18 @@ class Progress:
         return f"{self.answered} of {self.total} prompts answered{failed}{where}"
 
 
-@dataclass(frozen=True)
-class Job:
-    """A prompt with all that its answer depends on.
-
-    Attributes:
-        asked: as it was given.
-        config, stream: as the engine takes them.
-    """
-
-    asked: Asked
-    config: GenerationConfig
-    stream: int
-
-    @property
-    def hash(self) -> str:
-        """Of what was asked."""
-        asked = self.asked
-        return fingerprint.of_values(asked.prompt, asked.others, self.config.to_dict(), self.stream)
-
-
 def _run(arguments: argparse.Namespace, progress: Progress) -> int:
     asked = read_prompts(arguments)
     with ExitStack() as stack:
         record = None
         if arguments.out is not None:
             record = stack.enter_context(Record(arguments.out, arguments.restart))
-        engine = stack.enter_context(
-            open_engine(arguments, max_rows=arguments.max_rows, num_pages=arguments.num_pages)
-        )
-        speech = Speech(engine.tokenizer, engine.geometry.eos_ids)
-        _check_chat(arguments, asked, speech)
-        base, jobs = make_jobs(engine, asked, _seed_before(record))
+        opened = replicas if arguments.ray else one_engine
+        facts, answers = stack.enter_context(opened(arguments))
+        _check_chat(arguments, asked, facts)
+        base, jobs = make_jobs(facts, asked, _seed_before(record))
         if record is not None:
-            record.begin(facts_of(engine, arguments, base))
+            record.begin(run_of(facts, arguments, base))
             jobs = _left(jobs, record)
             for answer in record.answers.values():
                 progress.add(answer)
@@ -159,19 +150,23 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> int:
         sink = record or Printed([one.id for one in asked], arguments.json)
         quiet = arguments.quiet or not sys.stderr.isatty()
         done = len(asked) - len(jobs)
+        speed, begun = EngineStats(), perf_counter()
         with tqdm(total=len(asked), initial=done, unit="prompt", disable=quiet) as shown:
-            for answer in answers(engine, speech, jobs, arguments.chat):
+            for answer in answers(jobs):
                 sink.add(answer)
                 progress.add(answer)
-                shown.set_postfix_str(engine.stats.summary, refresh=False)
+                speed.tokens += answer.get("tokens", 0)
+                speed.nfe += answer.get("nfe", 0)
+                speed.busy_seconds = perf_counter() - begun
+                shown.set_postfix_str(speed.summary, refresh=False)
                 shown.update()
     if record is not None and not arguments.quiet:
         print(progress.text(arguments.out), file=sys.stderr)
     return 1 if progress.failed else 0
 
 
-def _check_chat(arguments: argparse.Namespace, asked: Sequence[Asked], speech: Speech) -> None:
-    if speech.has_chat:
+def _check_chat(arguments: argparse.Namespace, asked: Sequence[Asked], facts: Facts) -> None:
+    if facts.has_chat:
         return
     wanting = "--chat" if arguments.chat else next((one.where for one in asked if one.is_chat), None)
     if wanting is not None:
@@ -185,55 +180,14 @@ def _seed_before(record: Record | None) -> int | None:
     return seed if isinstance(seed, int) else None
 
 
-def make_jobs(engine: Engine, asked: Sequence[Asked], seed: int | None) -> tuple[GenerationConfig, list[Job]]:
-    """The settings of prompts that have none of their own, and every prompt's job.
-
-    Args:
-        engine: of whose config the prompts' own settings are an addition.
-        asked: the prompts.
-        seed: where none is given; None draws one, if anything is sampled.
-
-    Raises:
-        ValueError: a prompt's settings are none, or none for the model.
-    """
-    configs = [_config_of(engine, one) for one in asked]
-    if seed is None:  # drawn; 0 where nothing is sampled
-        seed = next(filter(None, (row_seeds(c, 1)[0][0] for c in configs if c.seed is None)), 0)
-
-    def seeded(config: GenerationConfig) -> GenerationConfig:
-        return replace(config, seed=seed) if config.seed is None else config
-
-    base = seeded(engine.config)
-    return base, [
-        Job(
-            one,
-            seeded(config) if one.settings else base,
-            # A seed of its own means what it means to a generation of this prompt alone.
-            index if one.settings.get("seed") is None else 0,
-        )
-        for index, (one, config) in enumerate(zip(asked, configs, strict=True))
-    ]
-
-
-def _config_of(engine: Engine, one: Asked) -> GenerationConfig:
-    if not one.settings:
-        return engine.config
-    try:
-        config = GenerationConfig.build(engine.config, one.settings)
-        check_for_model(engine.model, config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{one.where}: {error}") from error
-    return config
-
-
-def facts_of(engine: Engine, arguments: argparse.Namespace, config: GenerationConfig) -> dict[str, Any]:
+def run_of(facts: Facts, arguments: argparse.Namespace, config: GenerationConfig) -> dict[str, Any]:
     """What answers depend on beside their prompts; ``model`` and ``fastdllm_ext`` are for the reader."""
     return {
         "model": arguments.model,
         "fastdllm_ext": fastdllm_ext.__version__,
-        "weights": fingerprint.of_model(engine.model),
-        "tokenizer": fingerprint.of_tokenizer(engine.tokenizer),
-        "dtype": str(next(engine.model.parameters()).dtype).removeprefix("torch."),
+        "weights": facts.weights,
+        "tokenizer": facts.tokenizer,
+        "dtype": facts.dtype,
         **{name: getattr(arguments, name) for name in CHOICES},
         "chat": arguments.chat,
         "settings": config.to_dict(),
@@ -261,7 +215,14 @@ def _left(jobs: Sequence[Job], record: Record) -> list[Job]:
     return left
 
 
-def answers(engine: Engine, speech: Speech, jobs: Sequence[Job], chat: bool) -> Iterator[Answer]:
+@contextmanager
+def one_engine(arguments: argparse.Namespace) -> Iterator[tuple[Facts, Answers]]:
+    """The engine of this process, open: its facts, and how it answers jobs."""
+    with open_engine(arguments, max_rows=arguments.max_rows, num_pages=arguments.num_pages) as engine:
+        yield Facts.of(engine), partial(answers, Asker(engine, arguments.chat))
+
+
+def answers(asker: Asker, jobs: Sequence[Job]) -> Iterator[Answer]:
     """Answers as they come; a prompt that cannot have one gets an ``error``. Submits not far ahead.
 
     Raises:
@@ -270,12 +231,11 @@ def answers(engine: Engine, speech: Speech, jobs: Sequence[Job], chat: bool) -> 
     left = iter(jobs)
     pending: dict[Request, Job] = {}
     while True:
-        fresh = list(islice(left, 2 * engine.max_rows - len(pending)))
+        fresh = list(islice(left, AHEAD * asker.engine.max_rows - len(pending)))
         for job in fresh:
             try:
-                ids = encode(speech, job.asked, chat)
-                pending[engine.submit(ids, config=job.config, stream=job.stream)] = job
-            except (TemplateError, TypeError, ValueError) as error:
+                pending[asker.submit(job)] = job
+            except REFUSALS as error:
                 yield failure(job, error)
         if not pending and not fresh:
             return
@@ -286,38 +246,6 @@ def answers(engine: Engine, speech: Speech, jobs: Sequence[Job], chat: bool) -> 
                 yield answer_of(job, request.result())
             except ValueError as error:
                 yield failure(job, error)
-
-
-def encode(speech: Speech, asked: Asked, chat: bool) -> list[int]:
-    """A prompt as token ids. jinja2.TemplateError where the chat template refuses it."""
-    prompt: Any = asked.prompt
-    if isinstance(prompt, str) and chat:
-        prompt = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, str):
-        return speech.encode(prompt, special=True)
-    elif not asked.is_chat:
-        return list(prompt)
-    return speech.encode(speech.chat(prompt), special=False)
-
-
-def answer_of(job: Job, completion: Completion) -> Answer:
-    """A completion as an object. Its seconds are those of its decoding, without its wait."""
-    return {
-        "id": job.asked.id,
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": completion.prompt_length,
-        "tokens": len(completion.tokens),
-        "nfe": completion.nfe,
-        "seconds": round(completion.seconds - completion.queue_seconds, 6),
-        "hash": job.hash,
-        **job.asked.others,
-    }
-
-
-def failure(job: Job, error: Exception) -> Answer:
-    """What stands in an answer's place."""
-    return {"id": job.asked.id, "error": str(error), "hash": job.hash, **job.asked.others}
 
 
 class Printed:

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils.logging import disable_progress_bar
@@ -26,12 +25,14 @@ from fastdllm_ext.engine.team import Team
 from fastdllm_ext.generate import defaults_of
 from fastdllm_ext.load import demo_model_path, load
 from fastdllm_ext.methods import patch
+from fastdllm_ext.patching.family import Family, Geometry
 from fastdllm_ext.patching.registry import CHOICES, patched_family, unwrapped
 
 __all__ = [
     "add_model_arguments",
     "add_settings_arguments",
     "check_for_model",
+    "check_limits",
     "ending",
     "load_remote",
     "open_engine",
@@ -141,9 +142,7 @@ def open_engine(arguments: argparse.Namespace, **limits: int | None) -> Engine:
     Raises:
         TypeError, ValueError, OSError: as :func:`open_model`; settings out of range, or none for the model.
     """
-    for name, limit in (limits | {"tensor_parallel_size": arguments.tensor_parallel_size}).items():
-        if limit is not None:
-            check_count(option(name), limit)
+    check_limits(arguments, **limits)
     saved = _saved_config(arguments.generation_config)
     if not sys.stderr.isatty():
         disable_progress_bar()  # loading weights draws one, whoever reads it
@@ -156,12 +155,20 @@ def open_engine(arguments: argparse.Namespace, **limits: int | None) -> Engine:
     given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
     try:
         config = GenerationConfig.build(defaults_of(model) if saved is None else saved, given)
-        check_for_model(model, config)
+        family = patched_family(model)
+        check_for_model(family, family.geometry(unwrapped(model)), config)
         return Engine(model, tokenizer, config=config, team=team, **limits)  # type: ignore[arg-type]
     except BaseException:
         if team is not None:
             team.close()
         raise
+
+
+def check_limits(arguments: argparse.Namespace, **limits: int | None) -> None:
+    """TypeError or ValueError where :func:`open_engine` takes no such limits."""
+    for name, limit in (limits | {"tensor_parallel_size": arguments.tensor_parallel_size}).items():
+        if limit is not None:
+            check_count(option(name), limit)
 
 
 def _open_team(arguments: argparse.Namespace) -> Team:
@@ -182,14 +189,12 @@ def _saved_config(where: str | None) -> GenerationConfig | None:
         raise OSError(f"--generation-config {where}: {error}") from error
 
 
-def check_for_model(model: nn.Module, config: GenerationConfig) -> None:
+def check_for_model(family: Family, geometry: Geometry, config: GenerationConfig) -> None:
     """TypeError or ValueError where settings are none for any single prompt to the model."""
     for name in ("gen_length", "seed"):
         if isinstance(getattr(config, name), (list, tuple)):
             raise TypeError(f"{name}={getattr(config, name)}; takes one number")
-    family = patched_family(model)
-    geometry = with_token_ids(family.geometry(unwrapped(model)), config)
-    check_settings(family, geometry, config, [], [], None)
+    check_settings(family, with_token_ids(geometry, config), config, [], [], None)
 
 
 @contextmanager
