@@ -101,6 +101,7 @@ def test_tokens_are_those_of_one_process(family: Any, changes: Any, tmp_path: Pa
         assert engine.stats.cancelled > 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_process_that_ends_ends_the_engine(folder: Path) -> None:
     with engine_of(opener(folder)) as engine:
         (follower,) = engine._team._followers

@@ -46,9 +46,9 @@ class Group:
         """Logits of all processes, side by side: [R, part] -> [R, vocab]."""
         part = -(-self._vocabulary // self.size)  # as DTensor splits: the last may have less
         x = F.pad(x, (0, part - x.shape[1])).contiguous()
-        every = x.new_empty(self.size * len(x), part)
-        dist.all_gather_into_tensor(every, x, group=self._processes)
-        return every.view(self.size, len(x), part).transpose(0, 1).flatten(1)[:, : self._vocabulary].contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x, group=self._processes)
+        return torch.cat(parts, dim=1)[:, : self._vocabulary].contiguous()
 
 
 def group_of(parts: Parts) -> Group | None:
