@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="of closed loops")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.9, 1.2], help="of open loops")
     args = parser.parse_args()
-    count = 40 if args.quick else args.requests
+    count = 16 if args.quick else args.requests
     problems = held_out(count, seed=11)
     results = Results(args, "Requests side by side, or one at a time?", model="demo", requests=count,
                       servers={name: f"--max-rows {rows}" for name, rows in SERVERS.items()})  # fmt: skip

@@ -75,6 +75,26 @@ def test_precision(tmp_path: Path) -> None:
         assert all(row["accuracy"] == row["right"] / 4 for row in rows)
 
 
+def test_serve_load(tmp_path: Path) -> None:
+    loads = ["--repeats", "1", "--clients", "1", "8", "--shares", "0.8"]
+    rows = run("serve_load", tmp_path / "serve_load-cpu.json", *loads)["results"]
+    assert [(r["load"], r["server"]) for r in rows] == [
+        (load, server)
+        for load in ("closed", "closed", "open")
+        for server in ("one at a time", "side by side")
+    ]
+    assert len({row["texts"] for row in rows}) == 1
+    assert all(row["requests"] == 16 and row["right"] >= 14 for row in rows)
+    assert all(row["first_block_seconds"]["p50"] <= row["request_seconds"]["p99"] for row in rows)
+
+
+def test_serve_soak(tmp_path: Path) -> None:
+    """Which raises where an answer is lost or another's, or a page is not given back."""
+    (row,) = run("serve_soak", tmp_path / "serve_soak-cpu.json")["results"]
+    assert sum(row["kinds"].values()) == row["requests"] == 150
+    assert set(row["kinds"]) == {"whole", "streamed", "left", "gone", "malformed", "oversized"}
+
+
 def test_phases(tmp_path: Path) -> None:
     for row in run("phases", tmp_path / "phases-cpu.json", "--shape", "tiny", "--dtype", "float32")[
         "results"
