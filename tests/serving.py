@@ -15,6 +15,7 @@ import fastdllm_ext as fd
 from fastdllm_ext.demo_tasks import held_out
 from fastdllm_ext.serve.app import create_app
 from fastdllm_ext.serve.gate import Access
+from fastdllm_ext.serve.remote import RemoteEngine
 from fastdllm_ext.serve.service import Limits, Service
 
 Json = dict[str, Any]
@@ -39,7 +40,7 @@ def for_steps() -> tuple[Any, Any]:
     return demo()
 
 
-def served(engine: fd.Engine, limits: Limits | None = None, **arguments: Any) -> Service:
+def served(engine: fd.Engine | RemoteEngine, limits: Limits | None = None, **arguments: Any) -> Service:
     service = Service("demo", limits or Limits(), **arguments)
     service.open(engine)
     return service

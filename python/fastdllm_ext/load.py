@@ -100,10 +100,10 @@ def load(
         model.generation_config = model.generation_config or make_generation_config({})
         setattr(model.generation_config, CONFIG_KEY, ours.to_dict())
     patch(model.eval())
-    return model, _tokenizer(where)
+    return model, load_tokenizer(where)
 
 
-def _tokenizer(where: str) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(where: str) -> PreTrainedTokenizerBase | None:
     """A checkpoint's tokenizer without remote code; None where it has none."""
     settings_file = checkpoint_file(where, "tokenizer_config.json")
     has_json = checkpoint_file(where, "tokenizer.json") is not None

@@ -22,18 +22,24 @@ from fastdllm_ext.commands.opening import option
 __all__ = ["actor_options", "add_cluster_arguments", "check_cluster_arguments", "cluster"]
 
 NEEDS = "--ray needs Ray: pip install 'fastdllm_ext[ray]'"
-OF_RAY = ("ray_address", "replicas", "cpus_per_replica")
+OF_RAY = ("ray_address", "replicas", "max_replicas", "cpus_per_replica")
 
 
 # fmt: off
-def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--ray``, and what it takes."""
+def add_cluster_arguments(parser: argparse.ArgumentParser, *, grows: bool = False) -> None:
+    """``--ray``, and what it takes.
+
+    Args:
+        grows: there may be more replicas at times.
+    """
     add = parser.add_argument_group("Ray", "The model on several GPUs or machines.").add_argument
     add("--ray", action="store_true", help="decode in replicas on a Ray cluster")
     add("--ray-address", metavar="ADDRESS",
         help="of a cluster that runs: auto, HOST:PORT, ray://HOST:PORT (RAY_ADDRESS; without it, this "
         "machine is one)")
     add("--replicas", type=int, metavar="N", help="engines, each with a model of its own (1)")
+    if grows:
+        add("--max-replicas", type=int, metavar="N", help="start as many where answers wait (--replicas)")
     add("--cpus-per-replica", type=int, metavar="N",
         help="cores, as Ray counts them, and threads (of this machine its share; elsewhere 1)")
 # fmt: on
@@ -47,11 +53,13 @@ def check_cluster_arguments(arguments: argparse.Namespace) -> None:
         TypeError, ValueError: an argument out of range, or without ``--ray``.
     """
     for name in OF_RAY:
-        value = getattr(arguments, name)
+        value = getattr(arguments, name, None)
         if value is not None and not arguments.ray:
             raise ValueError(f"{option(name)}={value}; takes --ray too")
         if value is not None and name != "ray_address":
             check_count(option(name), value)
+    if _most(arguments) < _replicas(arguments):
+        raise ValueError(f"--max-replicas={_most(arguments)}; takes {_replicas(arguments)} or more")
     if arguments.ray and find_spec("ray") is None:
         raise ImportError(NEEDS)
 
@@ -78,7 +86,7 @@ def cluster(arguments: argparse.Namespace, spare_cpus: int = 0, quiet: bool = Fa
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Of Ray's own account: it starts nothing for which there are too few.
-        needed = _replicas(arguments) * _cpus(arguments, local=True) + spare_cpus
+        needed = _most(arguments) * _cpus(arguments, local=True) + spare_cpus
         options |= {"num_cpus": max(_cores(), needed), "include_dashboard": False}
     with _muted() if quiet else nullcontext():  # it says that it will say nothing
         ray.init(address or "local", **options)
@@ -125,8 +133,12 @@ def _replicas(arguments: argparse.Namespace) -> int:
     return int(arguments.replicas or 1)
 
 
+def _most(arguments: argparse.Namespace) -> int:
+    return int(getattr(arguments, "max_replicas", None) or _replicas(arguments))
+
+
 def _cpus(arguments: argparse.Namespace, local: bool) -> int:
-    share = max(1, _cores() // _replicas(arguments)) if local else 1
+    share = max(1, _cores() // _most(arguments)) if local else 1
     return int(arguments.cpus_per_replica or share)
 
 

@@ -23,7 +23,7 @@ from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.engine import Engine
 from fastdllm_ext.engine.team import Team
 from fastdllm_ext.generate import defaults_of
-from fastdllm_ext.load import demo_model_path, load
+from fastdllm_ext.load import demo_model_path, load, load_tokenizer
 from fastdllm_ext.methods import patch
 from fastdllm_ext.patching.family import Family, Geometry
 from fastdllm_ext.patching.registry import CHOICES, patched_family, unwrapped
@@ -37,6 +37,7 @@ __all__ = [
     "load_remote",
     "open_engine",
     "open_model",
+    "open_tokenizer",
     "option",
 ]
 
@@ -121,7 +122,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
             tokenizer.
     """
     opened: Callable[..., tuple[Any, Any]] = load_remote if arguments.trust_remote_code else load
-    where = demo_model_path() if arguments.model == DEMO else arguments.model
+    where = _where(arguments)
     try:
         model, tokenizer = opened(where, dtype=DTYPES[arguments.dtype], device=arguments.device)
     except OSError as error:
@@ -130,6 +131,17 @@ def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError(f"{arguments.model}: has no tokenizer; takes a model with one")
     patch(model, **{name: getattr(arguments, name) for name in CHOICES})
     return model, tokenizer
+
+
+def open_tokenizer(arguments: argparse.Namespace) -> Any:
+    """The model's tokenizer alone. ValueError or OSError where there is none."""
+    where = _where(arguments)
+    if arguments.trust_remote_code:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=True)
+    tokenizer = load_tokenizer(where)
+    if tokenizer is None:
+        raise ValueError(f"{arguments.model}: has no tokenizer; takes a model with one")
+    return tokenizer
 
 
 def open_engine(arguments: argparse.Namespace, **limits: int | None) -> Engine:
@@ -169,6 +181,10 @@ def check_limits(arguments: argparse.Namespace, **limits: int | None) -> None:
     for name, limit in (limits | {"tensor_parallel_size": arguments.tensor_parallel_size}).items():
         if limit is not None:
             check_count(option(name), limit)
+
+
+def _where(arguments: argparse.Namespace) -> str:
+    return str(demo_model_path()) if arguments.model == DEMO else str(arguments.model)
 
 
 def _open_team(arguments: argparse.Namespace) -> Team:

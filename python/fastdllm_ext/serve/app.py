@@ -43,6 +43,8 @@ ENDPOINTS = (
     ("complete", "/v1/completions", protocol.CompletionRequest, protocol.CompletionResponse, COMPLETIONS),
     ("chat", "/v1/chat/completions", protocol.ChatRequest, protocol.ChatResponse, CHAT),
 )
+# Of an engine, or of replicas of one.
+HEALTH = ("queued", "running", "free_pages", "num_pages", "replicas")
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -100,8 +102,7 @@ def create_app(service: Service, access: Access | None = None, page: bytes | Non
         facts: dict[str, Any] = {"status": service.status}
         if service.engine is not None:
             stats = service.engine.stats
-            names = ("queued", "running", "free_pages", "num_pages")
-            facts |= {name: getattr(stats, name) for name in names}
+            facts |= {name: getattr(stats, name) for name in HEALTH if hasattr(stats, name)}
         return _json(facts, 200 if service.status == "ok" else 503)
 
     text = {

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from fastdllm_ext.checks import check_count, check_number
+from fastdllm_ext.commands.cluster import add_cluster_arguments, check_cluster_arguments, cluster
 from fastdllm_ext.commands.opening import add_model_arguments, add_settings_arguments, open_engine, option
 from fastdllm_ext.serve import NEEDS
 
@@ -24,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add_model_arguments(parser)
     add_settings_arguments(parser)
+    add_cluster_arguments(parser, grows=True)
     add = parser.add_argument_group("network").add_argument
     add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     add("--port", type=int, default=8000, help="0 takes one that is free (8000)")
@@ -35,9 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of this machine in Host; may be repeated. A server without a key at a loopback address "
         "takes the loopback's names alone")
     add = parser.add_argument_group("limits").add_argument
-    add("--num-pages", type=int, help="of 32 positions, for keys and values (as the engine chooses)")
-    add("--max-rows", type=int, default=64, help="answers that are decoded at once (64)")
-    add("--max-queue", type=int, default=256, help="answers that may wait; more is status 429 (256)")
+    add("--num-pages", type=int,
+        help="of 32 positions, for keys and values; of each replica (as the engine chooses)")
+    add("--max-rows", type=int, default=64, help="answers that are decoded at once, by each replica (64)")
+    add("--max-queue", type=int, default=256,
+        help="answers that may wait, for all replicas together; more is status 429 (256)")
     add("--max-n", type=int, default=128, help="answers of a request, prompts times n (128)")
     add("--max-body-bytes", type=int, default=4 << 20, help="of a request (4 MiB)")
     add("--request-timeout", type=float, default=600, metavar="SECONDS",
@@ -65,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fastdllm_ext.serve.gate import Access, is_loopback
     from fastdllm_ext.serve.logs import configure
     from fastdllm_ext.serve.process import Server, listen
+    from fastdllm_ext.serve.replicas import open_replicas
     from fastdllm_ext.serve.service import Limits, Service
 
     key = _checked(arguments)
@@ -75,13 +82,16 @@ def run(arguments: argparse.Namespace) -> int:
     hosts = [arguments.host, *arguments.allowed_host] if guarded or arguments.allowed_host else None
     server = Server(create_app(service, Access(key, hosts)), service, arguments.shutdown_timeout)
     engine_limits = {name: getattr(arguments, name) for name in ENGINE_LIMITS}
-    return server.serve_on(
-        listen(arguments.host, arguments.port), lambda: open_engine(arguments, **engine_limits)
-    )
+    opening = partial(open_replicas if arguments.ray else open_engine, arguments, **engine_limits)
+    listener = listen(arguments.host, arguments.port)
+    # Ray's own processes end with the thread that starts them.
+    with cluster(arguments, quiet=True) if arguments.ray else nullcontext():
+        return server.serve_on(listener, opening)
 
 
 def _checked(arguments: argparse.Namespace) -> str | None:
     """The API key. TypeError or ValueError for an argument out of range."""
+    check_cluster_arguments(arguments)
     for name in (*ENGINE_LIMITS, "max_n", "max_body_bytes"):
         if getattr(arguments, name) is not None:
             check_count(option(name), getattr(arguments, name))

@@ -14,6 +14,7 @@ from fastdllm_ext.serve.errors import ApiError, of_engine
 from fastdllm_ext.serve.job import Job
 from fastdllm_ext.serve.logs import Record
 from fastdllm_ext.serve.protocol import Body, parse
+from fastdllm_ext.serve.remote import RemoteEngine
 from fastdllm_ext.serve.service import Service
 
 __all__ = ["take"]
@@ -79,7 +80,7 @@ def _render(service: Service, messages: list[dict[str, str]]) -> str:
         raise ApiError(400, f"messages: {error}", param="messages") from error
 
 
-def _decoding(engine: Engine, body: Body) -> dict[str, Any]:
+def _decoding(engine: Engine | RemoteEngine, body: Body) -> dict[str, Any]:
     """The settings that were given. Families without top-p and top-k take what leaves a choice to all."""
     given = body.decoding()
     if not engine.family.samples_first:
@@ -90,7 +91,9 @@ def _decoding(engine: Engine, body: Body) -> dict[str, Any]:
     return given
 
 
-def _config(engine: Engine, body: Body, given: Mapping[str, Any], prompt: int) -> GenerationConfig:
+def _config(
+    engine: Engine | RemoteEngine, body: Body, given: Mapping[str, Any], prompt: int
+) -> GenerationConfig:
     """Settings of the answers to a prompt of so many tokens; their length is by default what fits."""
     wanted, room = body.answer_length, engine.longest - prompt
     if room < (wanted or 1):

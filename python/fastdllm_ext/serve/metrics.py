@@ -20,12 +20,13 @@ __all__ = ["Metrics"]
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 TOKENS_PER_FORWARD = (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
-# Field of EngineStats: name, and what it is.
+# Field of EngineStats, or of ClusterStats: name, and what it is.
 GAUGES = {
     "queued": ("fastdllm_answers_queued", "Answers that wait"),
     "running": ("fastdllm_answers_running", "Answers that hold pages"),
     "num_pages": ("fastdllm_pages", "Pages of keys and values"),
     "free_pages": ("fastdllm_pages_free", "Pages that no answer holds"),
+    "replicas": ("fastdllm_replicas", "Replicas that are alive"),
 }
 COUNTERS = {
     "finished": ("fastdllm_answers_finished", "Answers that came to their end"),
@@ -96,6 +97,7 @@ class _EngineCollector(Collector):
         if stats is None:
             return
         for field, (name, words) in GAUGES.items():
-            yield GaugeMetricFamily(name, words, value=getattr(stats, field))
+            if hasattr(stats, field):
+                yield GaugeMetricFamily(name, words, value=getattr(stats, field))
         for field, (name, words) in COUNTERS.items():
             yield CounterMetricFamily(name, words, value=getattr(stats, field))

@@ -16,6 +16,7 @@ import uvicorn
 
 from fastdllm_ext.engine import Engine
 from fastdllm_ext.serve.logs import LOGGER
+from fastdllm_ext.serve.remote import RemoteEngine
 from fastdllm_ext.serve.service import Service
 
 __all__ = ["Server", "listen"]
@@ -53,7 +54,7 @@ class Server(uvicorn.Server):
         self._signalled = False
         self._drain: asyncio.Task[None] | None = None
 
-    def serve_on(self, listener: socket.socket, open_engine: Callable[[], Engine]) -> int:
+    def serve_on(self, listener: socket.socket, open_engine: Callable[[], Engine | RemoteEngine]) -> int:
         """Until a signal, or until the model cannot be loaded; the exit status."""
         host, port = listener.getsockname()[:2]
         LOGGER.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
@@ -69,7 +70,7 @@ class Server(uvicorn.Server):
             self.service.engine.close()
         return 0
 
-    def _load(self, open_engine: Callable[[], Engine]) -> None:
+    def _load(self, open_engine: Callable[[], Engine | RemoteEngine]) -> None:
         try:
             self.service.open(open_engine())
         except BaseException as error:

@@ -509,6 +509,7 @@ class Health(BaseModel):
     running: int | None = None
     free_pages: int | None = None
     num_pages: int | None = None
+    replicas: int | None = None
 
 
 class ErrorDetails(BaseModel):

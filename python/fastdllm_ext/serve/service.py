@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastdllm_ext.serve.errors import ApiError
 from fastdllm_ext.serve.logs import LOGGER
 from fastdllm_ext.serve.metrics import Metrics
+from fastdllm_ext.serve.remote import Facts, RemoteEngine
 from fastdllm_ext.serve.text import Speech
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ REASONS: dict[Status, str] = {
     "loading": "the model is being loaded",
     "ok": "the engine is closed",
     "draining": "the server is shutting down",
-    "failed": "the model could not be loaded, or its engine has failed",
+    "failed": "the model could not be loaded, its engine has failed, or no replica of it is alive",
 }
 
 
@@ -59,7 +60,7 @@ class Service:
     def __init__(self, name: str, limits: Limits = Limits(), *, log_texts: bool = False) -> None:
         self.name, self.limits, self.log_texts = name, limits, log_texts
         self._status: Status = "loading"
-        self.engine: Engine | None = None
+        self.engine: Engine | RemoteEngine | None = None
         self.jobs: set[Job] = set()
         self.metrics = Metrics(lambda: None if self.engine is None else self.engine.stats)
         self._under_way = 0
@@ -76,10 +77,11 @@ class Service:
     def status(self, status: Status) -> None:
         self._status = status
 
-    def open(self, engine: Engine) -> None:
+    def open(self, engine: Engine | RemoteEngine) -> None:
         """The model is there. ValueError where its engine has no tokenizer."""
         if engine.tokenizer is None:
             raise ValueError(f"{self.name}: has no tokenizer; takes a model with one")
+        facts = engine.facts if isinstance(engine, RemoteEngine) else Facts.of(engine)
         self.speech = Speech(engine.tokenizer, engine.geometry.eos_ids)
         self._card = {
             "id": self.name,
@@ -93,14 +95,14 @@ class Service:
                 "settings": engine.config.to_dict(),
                 "takes_top_p": engine.family.samples_first,
                 "has_chat": self.speech.has_chat,
-                "parameters": sum(weight.numel() for weight in engine.model.parameters()),
+                "parameters": facts.parameters,
             },
         }
         self.engine = engine
         if self.status == "loading":
             self.status = "ok"
 
-    def ready(self) -> Engine:
+    def ready(self) -> Engine | RemoteEngine:
         """The engine. ApiError while there is none that takes requests."""
         if self.status == "ok" and self.engine is not None:
             return self.engine
