@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,26 +26,16 @@ from fastdllm_ext.cli import main
 from fastdllm_ext.commands.cluster import NEEDS, cluster
 from fastdllm_ext.engine import EngineClosed, EngineStats, QueueFull, Request, RequestTooLong, Update
 from fastdllm_ext.serve import command, remote, replicas
-from fastdllm_ext.serve.app import create_app
-from fastdllm_ext.serve.gate import Access
-from fastdllm_ext.serve.process import Server, listen
 from fastdllm_ext.serve.remote import Facts, Question, RemoteEngine, Word
-from fastdllm_ext.serve.service import Limits, Service
-from serving import PATHS, PROMPTS, Json, answer, body, demo, events, post, refusal, served, streamed, texts
+from fastdllm_ext.serve.service import Service
+from serving import PATHS, PROMPTS, Json, answer, ask, body, demo, post, refusal, served, texts
+from test_serve_process import ENDLESS, KEY, USER, Running, asked, raw, running, started, until
 
-ENDLESS: Json = {"max_tokens": 480, "block_length": 480, "steps": 480, "cache": "none"}  # seconds
 VAGUE = "Add 4821 and 99."  # to which sampled answers differ
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+OF_TIME = ("id", "created", "seconds", "queue_seconds", "first_block_seconds", "tokens_per_second")
 SAMPLED: Json = {"temperature": 1.0, "seed": 7}
 with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
-
-
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """Waits for something to be so."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.005)
-    return found
 
 
 # What needs no cluster: a replica is an engine of this process, which is lost as a test wants.
@@ -369,3 +357,217 @@ def test_what_leaves_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "secret" not in str(sent)
     assert (sent.model, sent.generation_config, sent.threshold) == (str(tmp_path / "model"), None, 0.8)
     assert replicas._for_replicas(arguments("GSAI-ML/LLaDA-8B-Instruct")).model == "GSAI-ML/LLaDA-8B-Instruct"
+
+
+# A cluster of this machine
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    options = arguments("--ray", "--replicas", "2", "--cpus-per-replica", "1")
+    opening = partial(replicas.open_replicas, options, max_queue=64, max_rows=8, num_pages=None)
+    with cluster(options, quiet=True), running(opening, KEY) as found:
+        early = until(lambda: found.server.started and httpx.get(f"{found.url}/health"))
+        assert (early.status_code, early.json()) == (503, {"status": "loading"})
+        assert refusal(asked(found.url), 503)["code"] == "loading"
+        until(lambda: found.service.status == "ok", 120)
+        yield found
+
+
+def counts(server: Running) -> dict[str, EngineStats]:
+    """Of each replica that is alive."""
+    assert isinstance(server.service.engine, RemoteEngine)
+    return dict(server.service.engine._alive)
+
+
+def fresh(server: Running) -> Any:
+    """Statistics that were asked for from now on."""
+    for _ in range(2):
+        seen = server.service.engine._alive  # type: ignore[union-attr]
+        until(lambda seen=seen: server.service.engine._alive is not seen)  # type: ignore[union-attr,misc]
+    return server.stats
+
+
+def ask_server(server: Running, path: str = PATHS[0], **fields: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}{path}", json=body(path, **fields), headers=HEADERS, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def one(engine: fd.Engine) -> Service:
+    """The server over one engine."""
+    return served(engine)
+
+
+def processes() -> list[int]:
+    """Of the replicas of this process's cluster, those of others on the machine left out."""
+    from ray import serve
+
+    (application,) = serve.status().applications
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"ServeReplica:{application}:".encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def timeless(response: httpx.Response) -> Any:
+    """What a response holds, without times and names of its own."""
+    text = response.text
+    if response.headers["content-type"].startswith("text/event-stream"):
+        assert text.endswith("data: [DONE]\n\n"), text[-300:]
+        return [bare(json.loads(event[6:])) for event in text.split("\n\n")[:-2]]
+    return bare(response.json())
+
+
+def bare(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: bare(held) for name, held in value.items() if name not in OF_TIME}
+    if isinstance(value, list):
+        return [bare(held) for held in value]
+    return round(value, 3) if isinstance(value, float) else value
+
+
+QUESTIONS: list[tuple[str, Json]] = [
+    (PATHS[0], {}),
+    (PATHS[1], {}),
+    (PATHS[0], {"prompt": PROMPTS[1], "stream": True}),
+    (PATHS[1], {"prompt": PROMPTS[2], "stream": True, "stream_options": {"include_usage": True}}),
+    (PATHS[0], {"prompt": VAGUE, "n": 3, **SAMPLED}),
+    (PATHS[1], {"prompt": VAGUE, "n": 2, "stop": ["="], **SAMPLED}),
+    (PATHS[0], {"prompt": VAGUE, "logprobs": 0, "block_length": 8}),
+    (PATHS[1], {"prompt": VAGUE, "logprobs": True, "stream": True, "block_length": 16, **SAMPLED}),
+    (PATHS[0], {"prompt": VAGUE, "stream": True, "stream_mode": "denoise", "threshold": 0.999}),
+    (PATHS[0], {"prompt": [PROMPTS[3], PROMPTS[4]], "echo": True, "rule": "klass"}),
+    (PATHS[0], {"prompt": PROMPTS[5], "steps": 64, "cache": "prefix", "max_tokens": 64}),
+]
+
+
+def at_once_asked(server: Running, questions: list[tuple[str, Json]]) -> list[httpx.Response]:
+    with ThreadPoolExecutor(len(questions)) as others:
+        return list(others.map(lambda question: ask_server(server, question[0], **question[1]), questions))
+
+
+def alone_asked(one: Service) -> list[Any]:
+    return [timeless(post(one, path, **fields)) for path, fields in QUESTIONS]
+
+
+@with_ray
+def test_answers_are_those_of_one_engine(server: Running, one: Service) -> None:
+    found = at_once_asked(server, QUESTIONS * 4)
+    assert [response.status_code for response in found] == [200] * len(found)
+    wanted = alone_asked(one)
+    for at, response in enumerate(found):
+        assert timeless(response) == wanted[at % len(QUESTIONS)], QUESTIONS[at % len(QUESTIONS)]
+    until(lambda: server.stats.running == 0)
+    finished = [stats.finished for stats in counts(server).values()]
+    assert len(finished) == 2
+    assert min(finished) >= 8, "both took part"
+    health = httpx.get(f"{server.url}/health")
+    assert (health.status_code, health.json()["status"], health.json()["replicas"]) == (200, "ok", 2)
+
+
+@with_ray
+def test_openai_s_client(server: Running, one: Service) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+    wanted = texts(answer(one, PATHS[1], prompt=PROMPTS[0]))
+    chat = client.chat.completions.create(model="demo", messages=USER)
+    assert [choice.message.content for choice in chat.choices] == wanted
+    chunks = client.chat.completions.create(model="demo", messages=USER, stream=True)
+    assert ["".join(c.delta.content or "" for chunk in chunks for c in chunk.choices)] == wanted
+    ours = ask(one, "GET", "/v1/models").json()["data"][0]
+    theirs = client.models.retrieve("demo")
+    assert theirs.model_extra is not None
+    assert theirs.model_extra["fastdllm"] == ours["fastdllm"]
+
+
+@with_ray
+def test_refusals_are_those_of_one_engine(server: Running, one: Service) -> None:
+    for status, path, fields in (
+        (400, PATHS[0], {"threshold": 2}),
+        (400, PATHS[0], {"prompt": [10**6]}),
+        (400, PATHS[1], {"rule": "nonsense"}),
+        (404, PATHS[0], {"model": "gpt-4"}),
+        (413, PATHS[1], {"max_tokens": 10**6}),
+        (413, PATHS[0], {"prompt": [5] * 1000}),
+    ):
+        assert refusal(ask_server(server, path, **fields), status) == refusal(
+            post(one, path, **fields), status
+        )
+    wrong = httpx.post(f"{server.url}{PATHS[0]}", json=body(PATHS[0]))
+    assert refusal(wrong, 401)["code"] == "invalid_api_key"
+
+
+@with_ray
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_pages_of_the_replica(server: Running, stream: bool) -> None:
+    before = fresh(server)
+    connection = raw(server, json.dumps(body(PATHS[0], n=3, stream=stream, **ENDLESS)).encode())
+    until(lambda: server.stats.running == 3)
+    assert server.stats.free_pages < server.stats.num_pages
+    connection.close()
+    stats = until(lambda: server.stats if server.stats.cancelled == before.cancelled + 3 else None)
+    assert (stats.running, stats.queued, stats.finished) == (0, 0, before.finished)
+    assert stats.free_pages == stats.num_pages
+
+
+@with_ray
+def test_the_queue_is_one_for_all_replicas(server: Running) -> None:
+    held = [
+        server.service.ready().submit([5], gen_length=480, steps=480, cache="none") for _ in range(2 * 8 + 64)
+    ]
+    full = refusal(ask_server(server), 429)
+    assert (full["code"], full["message"]) == (
+        "queue_full",
+        "the queue is full: 64 requests wait; max_queue=64",
+    )
+    until(lambda: server.stats.running == 16)
+    for request in held:
+        request.cancel()
+    until(lambda: server.stats.free_pages == server.stats.num_pages)
+    assert ask_server(server).status_code == 200
+
+
+@with_ray
+def test_a_replica_that_is_killed_loses_nothing(server: Running, one: Service) -> None:
+    wanted, names = alone_asked(one), set(counts(server))
+    victim = processes()[0]
+    with ThreadPoolExecutor(len(QUESTIONS) * 4) as others:
+        pending = [others.submit(ask_server, server, path, **fields) for path, fields in QUESTIONS * 4]
+        until(lambda: sum(one.done() for one in pending) >= 10)
+        os.kill(victim, signal.SIGKILL)
+        found = [one.result() for one in pending]
+    for at, response in enumerate(found):
+        assert response.status_code == 200, response.text
+        _, fields = QUESTIONS[at % len(QUESTIONS)]
+        if "stream_mode" in fields:
+            continue  # its commits come twice where it was lost
+        assert timeless(response) == wanted[at % len(QUESTIONS)], fields
+    until(lambda: server.stats.replicas == 2 and set(counts(server)) != names, 120)
+    assert victim not in processes()
+    assert httpx.get(f"{server.url}/health").json()["replicas"] == 2
+
+
+@with_ray
+def test_the_command_drains_and_leaves_nothing_behind() -> None:
+    server, url, log = started("--ray", "--shutdown-timeout", "60")
+    with server, ThreadPoolExecutor(4) as others:
+        until(lambda: httpx.get(f"{url}/health", timeout=60).status_code == 200, 120)
+        left = descendants(server.pid)
+        assert len(left) > 2, "Ray's processes, and a replica"
+        fields: Json = {"max_tokens": 64, "block_length": 64, "steps": 64, "cache": "none"}
+        pending = [others.submit(asked, url, **fields) for _ in range(4)]
+        until(lambda: httpx.get(f"{url}/health").json()["running"] == 4)
+        server.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{url}/health").json()["status"] == "draining")
+        assert refusal(asked(url), 503)["code"] == "draining"
+        assert [response.result().status_code for response in pending] == [200] * 4
+        assert server.wait(60) == 0
+        assert [entry["tokens"] for entry in log if "tokens" in entry] == [64] * 4
+    until(lambda: not any(Path(f"/proc/{number}").exists() for number in left))
+
+
+def descendants(number: int) -> list[int]:
+    """Processes that a process has started, and those that these have."""
+    children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
+    return [found for child in map(int, children) for found in (child, *descendants(child))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -29,8 +30,9 @@ DEPLOYMENT = "engine"
 PATIENCE = 10.0  # seconds that replicas get to say how they are
 ORPHANED = 60.0  # seconds without being asked how it is, after which a replica takes its server for dead
 HEALTH_EVERY = 2.0  # seconds
-# Answers at a replica for each that it decodes: the others wait there, so that no turn waits for the way.
-AT_HAND = 2
+# Seconds in which a replica says how much it has. Ray Serve's tenth of one is short for a process that
+# computes, and whoever is late gets nothing for a while.
+DEADLINE = ("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "1")
 COMPLAINTS = (ImportError, OSError, TypeError, ValueError)  # of arguments: another replica has them too
 
 
@@ -108,9 +110,7 @@ class Replica:
             self._opened.close()
 
 
-def open_replicas(
-    arguments: argparse.Namespace, *, max_queue: int | None, **limits: int | None
-) -> RemoteEngine:
+def open_replicas(arguments: argparse.Namespace, *, max_queue: int, **limits: int | None) -> RemoteEngine:
     """Replicas of an engine, on the cluster that this is connected to, when all are there.
 
     Args:
@@ -122,6 +122,7 @@ def open_replicas(
         What :func:`open_engine` raises.
     """
     tokenizer = open_tokenizer(arguments)
+    os.environ.setdefault(*DEADLINE)
     from ray import serve
 
     with ExitStack() as stack:
@@ -129,7 +130,7 @@ def open_replicas(
         serve.start(proxy_location="Disabled")
         application = f"fastdllm-{secrets.token_hex(4)}"
         stack.callback(_delete, application)
-        deployment = serve.deployment(**_options(arguments, limits))(Replica)
+        deployment = serve.deployment(**_options(arguments, limits, max_queue))(Replica)
         LOGGER.info("starting replicas as the Ray Serve application %s", application)
         bound = deployment.bind(_for_replicas(arguments), limits, application)
         handle = serve.run(bound, name=application, route_prefix=None)
@@ -153,15 +154,18 @@ def open_replicas(
         return RemoteEngine(facts, tokenizer, ask, look, max_queue=max_queue, leave=stack.pop_all().close)
 
 
-def _options(arguments: argparse.Namespace, limits: Mapping[str, int | None]) -> dict[str, Any]:
-    """Of the deployment."""
+def _options(
+    arguments: argparse.Namespace, limits: Mapping[str, int | None], max_queue: int
+) -> dict[str, Any]:
+    """Of the deployment. Who waits does so at a replica, which then never waits for the way; here they are
+    counted."""
     least, most, rows = arguments.replicas or 1, arguments.max_replicas, limits["max_rows"] or 1
     growing = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": rows}
     return {
         "name": DEPLOYMENT,
         **({"num_replicas": least} if most is None else {"autoscaling_config": growing}),
         "ray_actor_options": actor_options(arguments),
-        "max_ongoing_requests": AT_HAND * rows,
+        "max_ongoing_requests": rows + max_queue,
         "health_check_period_s": HEALTH_EVERY,
         "graceful_shutdown_wait_loop_s": 0.2,
         "graceful_shutdown_timeout_s": arguments.shutdown_timeout,
