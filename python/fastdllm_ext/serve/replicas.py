@@ -49,12 +49,13 @@ class Replica:
         self, arguments: argparse.Namespace, limits: dict[str, int | None], application: str
     ) -> None:
         self._name, self._application = secrets.token_hex(8), application
-        self._asked = time.monotonic()
         self._opened: Engine | Exception
         try:
             self._opened = open_engine(arguments, **limits)
         except COMPLAINTS as error:  # for whoever asks; Ray Serve would try again
             self._opened = error
+        self._begun = time.monotonic()
+        self._asked: float | None = None  # how it is, last; never before all of the first replicas are there
 
     @property
     def engine(self) -> Engine:
@@ -94,10 +95,11 @@ class Replica:
 
     async def check_health(self) -> None:
         """Ray Serve's question: a replica that fails it is replaced. One that nobody needs ends them all."""
-        silent = time.monotonic() - self._asked
-        if silent > ORPHANED:
+        now = time.monotonic()
+        if self._asked is not None and now - self._asked > ORPHANED:
             await asyncio.to_thread(_delete, self._application)
-        if isinstance(self._opened, Engine) or silent > PATIENCE:  # whoever started it has been told by then
+        # Whoever started replicas that have no engine is told why, and is to have the time to ask.
+        if isinstance(self._opened, Engine) or now - self._begun > ORPHANED:
             self._check()
 
     def _check(self) -> None:
