@@ -224,6 +224,7 @@ def test_what_is_refused_is_not_asked(engine: fd.Engine) -> None:
 def test_cancelling_closes_the_question(engine: fd.Engine) -> None:
     ways, settings = Ways(engine), {**ENDLESS, "gen_length": 480}
     del settings["max_tokens"]
+    before = engine.stats.finished
     with remotely(ways) as away:
         request = away.submit(engine.encode(VAGUE), **settings)
         until(lambda: engine.stats.running == 1)
@@ -232,6 +233,7 @@ def test_cancelling_closes_the_question(engine: fd.Engine) -> None:
             request.result(60)
         until(lambda: ways.closed == 1)
         until(lambda: engine.stats.running == 0)
+        assert engine.stats.finished == before, "it was not decoded to its end"
         left = away.submit(engine.encode(VAGUE), **settings)
         until(lambda: engine.stats.running == 1)
     assert left.cancelled, "by the end of all"
