@@ -85,12 +85,13 @@ def _answered(arguments: argparse.Namespace, jobs: Sequence[Job]) -> Iterator[di
     import ray
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     ray.data.DataContext.get_current().enable_progress_bars = False
     count = arguments.replicas or 1
     size = task_size(len(jobs), count, arguments.max_rows)
     tasks = [{"jobs": pickle.dumps(jobs[at : at + size])} for at in range(0, len(jobs), size)]
-    at_once = -(-AHEAD * arguments.max_rows // size)
+    # No more than its share, or the replica that is there first takes all of a short run.
+    at_once = min(-(-AHEAD * arguments.max_rows // size), -(-len(tasks) // count))
     rows = ray.data.from_items(tasks, override_num_blocks=len(tasks))
     replica: Any = Replica
     with warnings.catch_warnings():

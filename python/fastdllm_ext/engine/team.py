@@ -62,12 +62,13 @@ class Place:
 
     def take(self, model: nn.Module) -> None:
         """Waits for the others, and keeps what of the model is this process's."""
+        from torch.distributed import FileStore  # type: ignore[attr-defined]
         from torch.distributed.device_mesh import init_device_mesh
 
         if self.device == "cuda":
             torch.cuda.set_device(self.rank)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # they are of one machine
-        store = dist.FileStore(str(Path(self.folder, "store")), self.size)
+        store = FileStore(str(Path(self.folder, "store")), self.size)
         backend = "nccl" if self.device == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
         own = unwrapped(model)
@@ -217,10 +218,14 @@ def follow(descriptor: int) -> None:
         scheduler = make_scheduler(unwrapped(model), decode=lambda _: None, together=True, **settings)
         with evaluating(model):
             for arrived, gone in messages:
-                scheduler.begin([Request(*one, False, lambda: None) for one in arrived], gone)
+                scheduler.begin([Request(*one, False, _nobody) for one in arrived], gone)
                 if not scheduler.idle:
                     scheduler.turn()
     dist.destroy_process_group()
+
+
+def _nobody() -> None:
+    """Waits for what a follower's requests come to."""
 
 
 def _messages(connection: Connection) -> Iterator[Any]:
