@@ -25,10 +25,11 @@ BENCH_REFERENCE ?=
 TEST_WORKERS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: help install demo test test-transformers lint format wheel asan mutants bench bench-page bench-cpp quality clean
+.PHONY: help install demo test test-slow test-transformers lint format wheel asan mutants bench bench-page bench-cpp quality clean
 help:
 	@echo "make demo    build, then the bundled model: unpatched against patched, one table"
 	@echo "make test    build, then the whole test-suite; then test-transformers"
+	@echo "make test-slow  what starts programs and clusters, half a minute each"
 	@echo "make test-transformers  the models' tests with transformers $(TRANSFORMERS); TRANSFORMERS=... takes another"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make wheel   build as plain pip does, with build isolation, and try the result"
@@ -63,6 +64,9 @@ demo: install
 test: install $(VENV)/torchao/.installed
 	PYTHONPATH=$(abspath $(VENV)/torchao) $(PYTEST)
 	$(MAKE) test-transformers
+
+test-slow: install
+	$(PYTEST) -m slow
 
 # For the tests of quantised models alone: transformers loads torchao where it sees it, which is not quiet.
 $(VENV)/torchao/.installed: | $(BIN)/python

@@ -220,6 +220,7 @@ def test_a_run_goes_on_with_ray_and_without(
     assert "is of another run: dtype was 'float32', is 'bfloat16'" in err
 
 
+@pytest.mark.slow
 def test_answers_are_printed_in_the_order_of_the_prompts(
     run: Run, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +238,7 @@ def test_answers_are_printed_in_the_order_of_the_prompts(
     assert timeless(objects(out)) == timeless(objects(run(*prompts, "--json")[1]))
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_leaves_a_record(run: Run, address: str, tmp_path: Path) -> None:
     out, prompts = tmp_path / "out.jsonl", prompts_of(tmp_path)
     options = ("--jsonl", str(prompts), "--out", str(out), *SAMPLED, "--quiet")
@@ -254,6 +256,7 @@ def test_a_driver_that_is_killed_leaves_a_record(run: Run, address: str, tmp_pat
     assert sorted(answer["id"] for answer in answers) == list(range(1, 61))
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_cluster_of_this_machine(run: Run, tmp_path: Path) -> None:
     """On a terminal, under the progress bar, with nothing of Ray's on it; the rest comes without Ray."""
     name = write(tmp_path / "in.jsonl", *({"prompt": f"Add {n} and 77."} for n in range(100, 400)))
@@ -296,6 +299,7 @@ def test_a_model_that_cannot_be_opened(run: Run, address: str, tmp_path: Path) -
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_again_and_again(run: Run, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Mortal(Replica):
         def __init__(self, _: Any) -> None:

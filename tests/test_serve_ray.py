@@ -551,6 +551,7 @@ def test_a_replica_that_is_killed_loses_nothing(server: Running, one: Service) -
 
 
 @with_ray
+@pytest.mark.slow
 def test_the_command_drains_and_leaves_nothing_behind() -> None:
     server, url, log = started("--ray", "--shutdown-timeout", "60")
     with server, ThreadPoolExecutor(5) as others:

@@ -203,6 +203,7 @@ def with_modules(folder: Path) -> tuple[nn.Module, Any]:
     return fd.patch(model, runtime="modules"), tokenizer
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_open_the_model(folder: Path) -> None:
     with pytest.raises(TeamFailed, match=r"process 1 of the model: OSError: no such checkpoint here"):
         Team(partial(fail_elsewhere, folder, os.getpid()), 2, "cpu")
@@ -222,6 +223,7 @@ def end_elsewhere(folder: Path, here: int) -> Any:
     return fd.load(folder, device="cpu")
 
 
+@pytest.mark.slow
 def test_signals_are_the_leader_s(folder: Path) -> None:
     with engine_of(opener(folder)) as engine:
         (follower,) = engine._team._followers

@@ -6,7 +6,9 @@ import hashlib
 import json
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from fastdllm_ext.shards import local
 
 __all__ = ["of_model", "of_tokenizer", "of_values"]
 
@@ -20,12 +22,16 @@ def of_values(*values: Any) -> str:
 
 
 def of_model(model: nn.Module) -> str:
-    """Of weights: names, shapes, and numbers of each, evenly spread. Reads little of a large model."""
+    """Of weights: names, shapes, and numbers of each, evenly spread. Reads little of a large model.
+
+    Of a model that is split over processes, the numbers are those that are here.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {list(weight.shape)}".encode())
-        if type(weight) is nn.Parameter:  # quantised ones may not let themselves be indexed
-            flat = weight.detach().reshape(-1)
+        here = local(weight)
+        if type(here) in (nn.Parameter, Tensor):  # quantised ones may not let themselves be indexed
+            flat = here.detach().reshape(-1)
             digest.update(flat[:: -(-len(flat) // SAMPLES) or 1].float().cpu().numpy().tobytes())
     return _short(digest)
 
