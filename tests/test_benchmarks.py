@@ -75,6 +75,7 @@ def test_precision(tmp_path: Path) -> None:
         assert all(row["accuracy"] == row["right"] / 4 for row in rows)
 
 
+@pytest.mark.slow
 def test_serve_load(tmp_path: Path) -> None:
     loads = ["--repeats", "1", "--clients", "1", "8", "--shares", "0.8"]
     rows = run("serve_load", tmp_path / "serve_load-cpu.json", *loads)["results"]

@@ -171,6 +171,7 @@ def story(address: str, tmp_path_factory: pytest.TempPathFactory) -> Story:
     return Story(prompts, out, status, early, killed, decoded(folder), one)
 
 
+@pytest.mark.slow
 def test_replicas_answer_as_one_engine_does(story: Story) -> None:
     """Sampled too, with settings of lines and errors among them, and though one of two was killed."""
     answers = objects(story.out.read_text())
@@ -182,10 +183,12 @@ def test_replicas_answer_as_one_engine_does(story: Story) -> None:
     assert about[0] == about[1]
 
 
+@pytest.mark.slow
 def test_answers_are_on_disk_while_others_are_decoded(story: Story) -> None:
     assert 10 <= story.early <= 20
 
 
+@pytest.mark.slow
 def test_a_replica_that_dies_is_replaced(story: Story) -> None:
     """What it had in hand was decoded again, and told once."""
     by_pid: dict[int, set[Any]] = {}
@@ -197,6 +200,7 @@ def test_a_replica_that_dies_is_replaced(story: Story) -> None:
     assert lost <= set.union(*by_pid.values())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_ray_and_without(
     story: Story, run: Run, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,7 +269,7 @@ def test_ctrl_c_ends_the_cluster_of_this_machine(run: Run, tmp_path: Path) -> No
     with Terminal("generate", "--device", "cpu", *options, *slow, "--ray", cwd=tmp_path) as terminal:
         terminal.wait_for("1/300 [")
         terminal.wait_for("tokens/s")
-        mine = set(descendants(terminal.process.pid))
+        mine = set(descendants(terminal.program.pid))
         assert mine
         terminal.send("\x03")
         terminal.wait_for(" of 300 prompts answered in out.jsonl\r\nThe same command goes on.")
@@ -288,6 +292,7 @@ def descendants(pid: int) -> Iterator[int]:
 # --- What cannot be ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_opened(run: Run, address: str, tmp_path: Path) -> None:
     """A line, and the same as without Ray; also where it is the replicas alone that cannot."""
     on_ray = ("--prompt", "a", "--ray", "--ray-address", address)
@@ -295,7 +300,7 @@ def test_a_model_that_cannot_be_opened(run: Run, address: str, tmp_path: Path) -
     assert run(*on_ray, "--rule", "none") == run("--prompt", "a", "--rule", "none")
     status, out, err = run(*on_ray, "--num-pages", str(2**40))
     assert (status, out) == (2, "")
-    assert err.startswith("fastdllm-ext generate: a replica: RuntimeError: ")
+    assert err.startswith("fastdllm-ext generate: a replica: ")
     assert err.count("\n") == 1
 
 
@@ -309,8 +314,8 @@ def test_a_process_that_ends_again_and_again(run: Run, address: str, monkeypatch
     monkeypatch.setattr(batch, "RESTARTS", 1)
     status, out, err = run("--prompt", "a", "--ray", "--ray-address", address)
     assert (status, out) == (2, "")
-    assert err.startswith("fastdllm-ext generate: Ray: ")
-    assert err.count("\n") == 1
+    assert "fastdllm-ext generate: a replica: its process has ended too often; Ray's logs say why\n" in err
+    assert "Traceback" not in err
 
 
 def test_arguments_in_error(run: Run) -> None:

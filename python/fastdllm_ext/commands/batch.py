@@ -95,7 +95,7 @@ def _answered(arguments: argparse.Namespace, jobs: Sequence[Job]) -> Iterator[di
     rows = ray.data.from_items(tasks, override_num_blocks=len(tasks))
     replica: Any = Replica
     with warnings.catch_warnings():
-        # Ray 2.60 would have the two limits elsewhere, where 2.40 has no place for them.
+        # Ray 2.60 would rather have the two limits elsewhere.
         warnings.simplefilter("ignore", DeprecationWarning)
         dataset = rows.map(
             replica,
@@ -109,8 +109,10 @@ def _answered(arguments: argparse.Namespace, jobs: Sequence[Job]) -> Iterator[di
         for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
             for told, why in zip(batch["answers"], batch["failure"], strict=True):
                 yield {"answers": told, "failure": why}
+    except ray.exceptions.RayActorError as error:
+        raise ChildProcessError("a replica: its process has ended too often; Ray's logs say why") from error
     except ray.exceptions.RayError as error:
-        raise ChildProcessError(f"Ray: {error}") from error
+        raise ChildProcessError(f"Ray: {str(error).strip().splitlines()[-1]}") from error
 
 
 def task_size(jobs: int, replicas: int, max_rows: int) -> int:

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib.util import find_spec
 from typing import Any
 
@@ -71,7 +71,8 @@ def cluster(arguments: argparse.Namespace, spare_cpus: int = 0, quiet: bool = Fa
     Args:
         arguments: of :func:`add_cluster_arguments`.
         spare_cpus: that tasks beside the replicas need.
-        quiet: nothing of what Ray and its processes say about themselves is shown.
+        quiet: nothing of what Ray and its processes say about themselves is shown, but what goes wrong, on
+            stderr.
 
     Raises:
         ConnectionError: no cluster at the address.
@@ -91,7 +92,9 @@ def cluster(arguments: argparse.Namespace, spare_cpus: int = 0, quiet: bool = Fa
     with _muted() if quiet else nullcontext():  # it says that it will say nothing
         ray.init(address or "local", **options)
     try:
-        yield
+        # On stdout, where answers are, Ray tells of processes that died.
+        with redirect_stdout(sys.stderr) if quiet else nullcontext():
+            yield
     finally:
         ray.shutdown()
 

@@ -137,6 +137,7 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> int:
         record = None
         if arguments.out is not None:
             record = stack.enter_context(Record(arguments.out, arguments.restart))
+        sink = record or Printed([one.id for one in asked], arguments.json)
         opened = replicas if arguments.ray else one_engine
         facts, answers = stack.enter_context(opened(arguments))
         _check_chat(arguments, asked, facts)
@@ -147,7 +148,6 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> int:
             for answer in record.answers.values():
                 progress.add(answer)
         progress.total = len(asked)
-        sink = record or Printed([one.id for one in asked], arguments.json)
         quiet = arguments.quiet or not sys.stderr.isatty()
         done = len(asked) - len(jobs)
         speed, begun = EngineStats(), perf_counter()
@@ -249,7 +249,7 @@ def answers(asker: Asker, jobs: Sequence[Job]) -> Iterator[Answer]:
 
 
 class Printed:
-    """Answers on stdout, in the order of the prompts.
+    """Answers on what is stdout now, in the order of the prompts.
 
     Args:
         ids: of the prompts.
@@ -259,6 +259,7 @@ class Printed:
     def __init__(self, ids: Sequence[str | int], as_json: bool) -> None:
         self._left, self._as_json, self._several = deque(ids), as_json, len(ids) > 1
         self._held: dict[str | int, Answer] = {}
+        self._out = sys.stdout
 
     def add(self, answer: Answer) -> None:
         """Prints the answer, once those before it are there, and those that waited for it."""
@@ -268,15 +269,14 @@ class Printed:
 
     def _print(self, answer: Answer) -> None:
         if self._as_json:
-            self._write(json.dumps(answer, ensure_ascii=False))
+            self._write(json.dumps(answer, ensure_ascii=False), self._out)
         elif "error" in answer:
             self._write(f"fastdllm-ext generate: {answer['id']}: {answer['error']}", sys.stderr)
         else:
             end = "\n" if self._left else ""
             text = f"==> {answer['id']} <==\n{answer['text']}{end}" if self._several else answer["text"]
-            self._write(visible(text, keep="\n\t") if sys.stdout.isatty() else text)
+            self._write(visible(text, keep="\n\t") if self._out.isatty() else text, self._out)
 
-    def _write(self, text: str, file: TextIO | None = None) -> None:
-        file = file or sys.stdout
+    def _write(self, text: str, file: TextIO) -> None:
         tqdm.write(text, file=file)  # beside the bar
         file.flush()

@@ -218,7 +218,8 @@ def follow(descriptor: int) -> None:
         scheduler = make_scheduler(unwrapped(model), decode=lambda _: None, together=True, **settings)
         with evaluating(model):
             for arrived, gone in messages:
-                scheduler.begin([Request(*one, False, _nobody) for one in arrived], gone)
+                requests = [Request(number, row, common, False, _nobody) for number, row, common in arrived]
+                scheduler.begin(requests, gone)
                 if not scheduler.idle:
                     scheduler.turn()
     dist.destroy_process_group()
