@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ import pytest
 from fastdllm_ext.cli import main
 from fastdllm_ext.commands import batch
 from fastdllm_ext.commands.batch import Replica, task_size
+from fastdllm_ext.commands.jobs import Job
+from fastdllm_ext.commands.prompts import Asked
+from fastdllm_ext.decoding import GenerationConfig
 from fastdllm_ext.demo_tasks import held_out
 from terminal import Terminal, without_controls
 from test_cli_generate import objects, timeless, write
@@ -340,6 +344,17 @@ def test_without_ray(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_does_not_import_ray() -> None:
     code = "import sys, fastdllm_ext.commands.generate; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_job_is_answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes twice, for a replica has died in between; and what does not come at all is missed."""
+    jobs = [Job(Asked(f"prompt {n}", n, "a"), GenerationConfig(), n) for n in (1, 2, 3)]
+    rows = [{"answers": json.dumps([{"id": n} for n in ids]), "failure": ""} for ids in ([2], [2, 1])]
+    monkeypatch.setattr(batch, "_answered", lambda *_: iter(rows))
+    told = batch.answers(Namespace(), jobs)
+    assert [next(told)["id"], next(told)["id"]] == [2, 1]
+    with pytest.raises(ChildProcessError, match="no answer to 1 prompts"):
+        next(told)
 
 
 @pytest.mark.parametrize(
