@@ -14,10 +14,12 @@ import termios
 import time
 from pathlib import Path
 
-# The terminal becomes the program's own, so that Ctrl-C reaches it.
+# The terminal becomes the program's own, so that Ctrl-C reaches it; a shell's job in the background, which the
+# tests may be, inherits that it is ignored.
 START = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from fastdllm_ext.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -65,12 +65,11 @@ def check_cluster_arguments(arguments: argparse.Namespace) -> None:
 
 
 @contextmanager
-def cluster(arguments: argparse.Namespace, spare_cpus: int = 0, quiet: bool = False) -> Iterator[None]:
+def cluster(arguments: argparse.Namespace, quiet: bool = False) -> Iterator[None]:
     """Connected to the cluster that the arguments name, or to this machine as one, which ends with it.
 
     Args:
         arguments: of :func:`add_cluster_arguments`.
-        spare_cpus: that tasks beside the replicas need.
         quiet: nothing of what Ray and its processes say about themselves is shown, but what goes wrong, on
             stderr.
 
@@ -87,7 +86,7 @@ def cluster(arguments: argparse.Namespace, spare_cpus: int = 0, quiet: bool = Fa
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Of Ray's own account: it starts nothing for which there are too few.
-        needed = _most(arguments) * _cpus(arguments, local=True) + spare_cpus
+        needed = _most(arguments) * _cpus(arguments, local=True)
         options |= {"num_cpus": max(_cores(), needed), "include_dashboard": False}
     with _muted() if quiet else nullcontext():  # it says that it will say nothing
         ray.init(address or "local", **options)
