@@ -14,8 +14,8 @@ import termios
 import time
 from pathlib import Path
 
-# The terminal becomes the program's own, so that Ctrl-C reaches it; a shell's job in the background, which the
-# tests may be, inherits that it is ignored.
+# The terminal becomes the program's own, so that Ctrl-C reaches it, and is heard: a shell's job in the
+# background, which the tests may be, inherits that it is not.
 START = """
 import fcntl, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
