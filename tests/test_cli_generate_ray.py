@@ -175,7 +175,6 @@ def story(address: str, tmp_path_factory: pytest.TempPathFactory) -> Story:
     return Story(prompts, out, status, early, killed, decoded(folder), one)
 
 
-@pytest.mark.slow
 def test_replicas_answer_as_one_engine_does(story: Story) -> None:
     """Sampled too, with settings of lines and errors among them, and though one of two was killed."""
     answers = objects(story.out.read_text())
@@ -187,12 +186,10 @@ def test_replicas_answer_as_one_engine_does(story: Story) -> None:
     assert about[0] == about[1]
 
 
-@pytest.mark.slow
 def test_answers_are_on_disk_while_others_are_decoded(story: Story) -> None:
     assert 10 <= story.early <= 20
 
 
-@pytest.mark.slow
 def test_a_replica_that_dies_is_replaced(story: Story) -> None:
     """What it had in hand was decoded again, and told once."""
     by_pid: dict[int, set[Any]] = {}
