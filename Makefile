@@ -29,7 +29,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_WORKERS) --d
 help:
 	@echo "make demo    build, then the bundled model: unpatched against patched, one table"
 	@echo "make test    build, then the whole test-suite; then test-transformers"
-	@echo "make test-slow  what starts programs and clusters, half a minute each"
+	@echo "make test-slow  the tests that take half a minute or more each: commands on Ray clusters, ..."
 	@echo "make test-transformers  the models' tests with transformers $(TRANSFORMERS); TRANSFORMERS=... takes another"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make wheel   build as plain pip does, with build isolation, and try the result"
