@@ -61,7 +61,7 @@ class Running:
         self.thread.start()
 
     def _run(self, open_engine: Callable[[], fd.Engine]) -> None:
-        self.status = self.server.serve_on(self.listener, open_engine)
+        self.status = self.server.leave(self.server.serve_on(self.listener, open_engine))
 
     @property
     def stats(self) -> Any:

@@ -86,7 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     listener = listen(arguments.host, arguments.port)
     # Ray's own processes end with the thread that starts them.
     with cluster(arguments, quiet=True) if arguments.ray else nullcontext():
-        return server.serve_on(listener, opening)
+        status = server.serve_on(listener, opening)
+    return server.leave(status)
 
 
 def _checked(arguments: argparse.Namespace) -> str | None:

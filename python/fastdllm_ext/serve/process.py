@@ -51,30 +51,38 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service, self.shutdown_timeout = service, shutdown_timeout
         self._failure: BaseException | None = None
+        self._loader: threading.Thread | None = None
         self._signalled = False
         self._drain: asyncio.Task[None] | None = None
 
     def serve_on(self, listener: socket.socket, open_engine: Callable[[], Engine | RemoteEngine]) -> int:
-        """Until a signal, or until the model cannot be loaded; the exit status."""
+        """Until a signal, or until the model cannot be loaded; the exit status. Then :meth:`leave`."""
         host, port = listener.getsockname()[:2]
         LOGGER.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        loader = threading.Thread(target=self._load, args=(open_engine,), name="fastdllm-load", daemon=True)
-        loader.start()
+        self._loader = threading.Thread(
+            target=self._load, args=(open_engine,), name="fastdllm-load", daemon=True
+        )
+        self._loader.start()
         self.run(sockets=[listener])
         if self._failure is not None:
             print(f"fastdllm-ext serve: {self._failure}", file=sys.stderr)
             return 1
-        if loader.is_alive():  # cannot be interrupted, and should not be torn down under
-            _exit(0)
         if self.service.engine is not None:
             self.service.engine.close()
         return 0
+
+    def leave(self, status: int) -> int:
+        """The process's last word: ends it where the model is still being loaded; else the status."""
+        if self._loader is not None and self._loader.is_alive():
+            _exit(status)  # it cannot be interrupted, and should not be torn down under
+        return status
 
     def _load(self, open_engine: Callable[[], Engine | RemoteEngine]) -> None:
         try:
             self.service.open(open_engine())
         except BaseException as error:
-            level = logging.DEBUG if isinstance(error, COMPLAINTS) else logging.ERROR
+            expected = isinstance(error, COMPLAINTS) or self._signalled  # then what it needed may be gone
+            level = logging.DEBUG if expected else logging.ERROR
             LOGGER.log(level, "the model could not be loaded", exc_info=error)
             self.service.status, self._failure, self.should_exit = "failed", error, True
         else:
