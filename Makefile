@@ -111,8 +111,8 @@ asan: install
 
 # Of the operations, in two runs that are about as long, side by side.
 ASAN_TESTS := first second
-ASAN_first := paged_attention copy_pages elementwise quantize_fp8 linear linear_int8 cache block_loop
-ASAN_second := rope_write_kv unmask
+ASAN_first := paged_attention rope_write_kv copy_pages elementwise quantize_fp8 linear linear_int8 cache block_loop
+ASAN_second := unmask
 asan-tests-%:
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 FASTDLLM_SIMT_SCHEDULES=7 OMP_NUM_THREADS=1 $(call PYTHON_ON,build/asan/site) \

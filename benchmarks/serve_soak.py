@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=5000, help="in all (5,000)")
     parser.add_argument("--seed", type=int, default=0, help="of what is asked (0)")
     args = parser.parse_args()
-    requests = 150 if args.quick else args.requests
+    requests = 80 if args.quick else args.requests
     results = Results(
         args, "Does a server lose, mix up or leak anything?", clients=CLIENTS, settings=SETTINGS
     )
